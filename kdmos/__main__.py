@@ -1,0 +1,35 @@
+"""`kdmos X ...` runs the command module `kdmos.X`; `kdmos` alone lists them."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from kdmos import __version__
+from kdmos.command import fail
+
+# One line here, not an import: listing the commands must not load what only one of them needs.
+COMMANDS = {
+    "train": "Train or distil a student on labelled sequences.",
+    "predict": "Write one label per point for every scan of a data set.",
+    "evaluate": "Score predictions: moving IoU, per class, by range; pictures.",
+    "doctor": "Say what is installed, what is built, and what to do about the rest.",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: kdmos COMMAND ...   (kdmos COMMAND --help says it all)\n")
+        print("\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items()))
+        return
+    if argv[0] == "--version":
+        print(f"kdmos {__version__}")
+        return
+    if argv[0] not in COMMANDS:
+        fail(argv[0], f"no such command; there are {', '.join(COMMANDS)}")
+    import_module(f"kdmos.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""How every command runs: `python -m kdmos.X` and `kdmos X` alike, with one clear line for what went wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from kdmos.errors import InputError
+
+
+def run(command: Callable, name: str, argv: list[str] | None = None) -> None:
+    """Parse `argv` for `command` (a typer function), run it and exit: 0, 1 (done, with losses), 2 (cannot be done).
+
+    A command returns None or its exit code. `KDMOS_DEBUG=1` shows the whole traceback of an input error.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    try:
+        code = app(args=argv, prog_name=f"kdmos {name}", standalone_mode=False)
+    except (InputError, OSError) as error:
+        if os.environ.get("KDMOS_DEBUG") == "1":
+            raise
+        fail(name, str(error))
+    except KeyboardInterrupt:
+        fail(name, "interrupted; what was finished is kept, the same command goes on from there", code=130)
+    except Exception as error:  # click's usage errors have no common base that typer exports
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        fail(name, f"{message()} (kdmos {name} --help)")
+    sys.exit(code or 0)
+
+
+def fail(name: str, message: str, code: int = 2) -> None:
+    """Print one line and exit."""
+    print(f"kdmos {name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,39 @@
+"""Where the tests find data they do not own: goldens of the authors' code, and real scans."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SHARED = Path(os.environ.get("KDMOS_SHARED", TESTS.parents[1] / "shared"))
+
+
+def shared_file(relative: str) -> Path:
+    """A file of the shared data, or skip; fail where CI says that it must be there."""
+    path = SHARED / relative
+    if not path.exists():
+        message = f"{relative} is not under {SHARED} (set KDMOS_SHARED; the data's licence keeps it out of here)"
+        if os.environ.get("KDMOS_REQUIRE_SHARED") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("a1_residual.npz") -> path: from the slim set in tests/goldens, else from the shared data."""
+
+    def find(name: str) -> Path:
+        slim = TESTS / "goldens" / name
+        return slim if slim.exists() else shared_file(f"goldens/{name}")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def realdata():
+    """realdata("kitti-raw-0005-a") -> path of a real sequence or file."""
+    return lambda name: shared_file(f"realdata/{name}")
