@@ -1,0 +1,104 @@
+"""Weights on disk: our safetensors with a header that says all, and the files of others, read without executing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from kdmos.errors import InputError
+
+FORMAT = 1
+HEADER = "kdmos"  # the one metadata key; its value is JSON
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all: to a temporary neighbour, to the disk, then renamed.
+
+    Raises: InputError naming the file and the reason (a full disk, no permission); an old file stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def save(path: str | Path, weights: dict[str, Tensor], header: dict) -> None:
+    """Write weights and their header as one `.safetensors` file, atomically.
+
+    Args:
+        path: Target file.
+        weights: Tensors by name; any device.
+        header: JSON-able description; `format` is added.
+    """
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    metadata = {HEADER: json.dumps({"format": FORMAT, **header}, sort_keys=True)}
+    write_atomic(path, to_safetensors(tensors, metadata))
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights and header of a checkpoint; the header is empty for a file that is not ours.
+
+    Reads our `.safetensors`, and `.pt` / `.pth` files of others: a state_dict, or a dict that holds one under
+    `state_dict` or `model` beside numbers; a `module.` prefix is dropped. Nothing in the file is executed.
+
+    Raises: InputError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = json.loads(metadata.get(HEADER, "{}"))
+        except (SafetensorError, ValueError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+        if header.get("format", FORMAT) > FORMAT:
+            raise InputError(f"{path}: format {header['format']} is newer than this kdmos, which reads {FORMAT}")
+        return weights, header
+    return _load_foreign(path), {}
+
+
+def _load_foreign(path: Path) -> dict[str, Tensor]:
+    # Training frameworks store numpy numbers beside the weights; these types only rebuild numbers.
+    dtypes = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")]
+    scalars = [np._core.multiarray.scalar, np.dtype, *dtypes]
+    # Files written under numpy 1 name the module by its old path.
+    scalars.append((np._core.multiarray.scalar, "numpy.core.multiarray.scalar"))
+    try:
+        with torch.serialization.safe_globals(scalars):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL" in str(error) else "not a torch file"
+        raise InputError(
+            f"{path}: not loaded, because reading it could execute code ({what}); save a plain state_dict instead"
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a whole torch file ({str(error).splitlines()[0]})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {}
+    if isinstance(content, dict):
+        tensors = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise InputError(f"{path}: holds no state_dict (a dict of tensors)")
+    return tensors

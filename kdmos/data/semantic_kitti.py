@@ -1,0 +1,405 @@
+"""Scans, labels and poses as SemanticKITTI stores them, from a data root or one bare sequence folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from kdmos.data.batch import ScanId
+from kdmos.data.labels import CLASSES, to_classes
+from kdmos.errors import InputError
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10"),
+    "valid": ("08",),
+    "test": tuple(str(number) for number in range(11, 22)),
+}
+# KITTI-road as the authors of KDMOS and MotionBEV divide it.
+ROAD_SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("30", "31", "32", "33", "34", "40"),
+    "valid": ("35", "36", "37", "38", "39", "41"),
+}
+
+POINT_BYTES = 16  # x, y, z, remission as float32
+# Remission is 0..1 by convention and 0..0.99 in KITTI; converters of other sensors overshoot a little. In a file
+# with another number of columns the 4th value read is mostly a coordinate: in real ones over 90 % of them lie
+# outside 0..2. So a scan is refused when more than 1 % do; fewer are noise of single points, and no reason to
+# lose the scan.
+MAX_REMISSION = 2.0
+MAX_ODD_SHARE = 0.01
+# A rotation rounded to four digits leaves R R^T within 1e-3 of the identity, SuMa's poses (seven digits) within
+# 1e-6. A scale error of 1 % leaves 2e-2, a row cut in the wrong place much more.
+RIGID_TOLERANCE = 1e-2
+MIN_MOVING_POINTS = 10  # a scan with more of them is always trained on; of the others every 10th
+KEEP_EVERY = 10
+
+
+def split_sequences(split: str, kitti_road: bool = False) -> tuple[str, ...]:
+    """Names of a split's sequences: "train", "valid" or "test"; with `kitti_road` also KITTI-road's.
+
+    Warns if that takes in road 41. Raises InputError for another split.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split '{split}': expected one of {', '.join(SPLITS)}")
+    road = ROAD_SPLITS.get(split, ()) if kitti_road else ()
+    if "41" in road:
+        warnings.warn(
+            f"KITTI-road sequence 41 ({split}) overlaps SemanticKITTI test sequence 20: a model chosen with it "
+            "has seen part of the test set",
+            stacklevel=2,
+        )
+    return SPLITS[split] + road
+
+
+def read_points(path: str | Path) -> np.ndarray:
+    """Points of one scan file, in file order.
+
+    Args:
+        path: File of float32 x, y, z (metres, LiDAR frame), remission (0..1).
+    Returns: float32 [n, 4], n >= 1. Single non-finite points stay in: the caller drops and counts them.
+    Raises: InputError if the file cannot be read, is empty, is cut short, has another number of columns (the
+        likely one is named), or holds no finite point.
+    """
+    values, size = _read_values(path, "<f4", "scan")
+    if size == 0:
+        raise InputError(f"{path}: the scan is empty (0 bytes); export it again or leave the file out")
+    points = values[: len(values) // 4 * 4].reshape(-1, 4)
+    fits, remission = _plausible(points)
+    if size % POINT_BYTES or not fits:
+        raise InputError(f"{path}: {_column_fault(values, size, fits, remission)}")
+    if not len(remission):
+        raise InputError(f"{path}: none of the {len(points)} points is finite; export the scan again or leave it out")
+    return points
+
+
+def _read_values(path: str | Path, dtype: str, what: str) -> tuple[np.ndarray, int]:
+    """All whole values of a binary file, and its size in bytes."""
+    try:
+        return np.fromfile(path, dtype), os.stat(path).st_size
+    except OSError as error:
+        raise _unreadable(path, what, error) from None
+
+
+def _unreadable(path: str | Path, what: str, error: OSError) -> InputError:
+    missing = isinstance(error, FileNotFoundError)
+    reason = "does not exist" if missing else f"cannot be read ({error.strerror})"
+    return InputError(f"{path}: the {what} file {reason}; check the path and the sequence folder")
+
+
+def _plausible(points: np.ndarray) -> tuple[bool, np.ndarray]:
+    """Whether the 4th column can be remission, and that column over the finite points."""
+    finite = np.isfinite(points)
+    remission = points[:, 3]
+    if not finite.all():  # column by column: all(axis=1) over four columns is six times slower
+        remission = remission[finite[:, 0] & finite[:, 1] & finite[:, 2] & finite[:, 3]]
+    odd = np.count_nonzero((remission < 0) | (remission > MAX_REMISSION))
+    return odd <= MAX_ODD_SHARE * len(remission), remission
+
+
+def _column_fault(values: np.ndarray, size: int, fits: bool, remission: np.ndarray) -> str:
+    """What is wrong with a file that does not hold whole points of four columns."""
+    expected = "expected 4 float32 columns x, y, z, remission (0..1)"
+    whole = size % POINT_BYTES == 0
+    got = f"got {size} bytes, {size / POINT_BYTES:.2f} points of {POINT_BYTES} bytes"
+    if not whole and fits:
+        return f"the scan is truncated: {expected}, {got}; copy or export it again"
+    if whole:
+        got = f"but read so, the 4th column runs from {remission.min():g} to {remission.max():g}"
+    columns = _likely_columns(values, size)
+    if columns == 3:
+        advice = "the file likely has 3 columns: add a remission column (0 where it is not known)"
+    elif columns == 4 and whole:
+        advice = "the file likely has 4 columns but another remission scale: divide by the full one, e.g. 255"
+    elif columns == 4:
+        advice = "the file likely has 4 columns and was cut short: copy or export it again"
+    elif columns:
+        advice = f"the file likely has {columns} columns: keep x, y, z and remission, scaled to 0..1"
+    else:
+        advice = "no count from 3 to 6 columns fits it: export it again as float32 x, y, z, remission"
+    return f"wrong number of columns: {expected}, {got}; {advice}"
+
+
+def _likely_columns(values: np.ndarray, size: int) -> int | None:
+    """Column count, 3 to 6, that explains the values best among those that divide the file, or None.
+
+    Under the right count each column is one quantity (|x| is large, |z| and remission are small), under a wrong
+    one every column is the same mixture. So the share of the variance that lies between the columns tells: 0.4
+    to 0.8 for the right count in real scans, below 0.01 for a count that shares no factor with it. A multiple of
+    the right count does no better than that, hence a larger count must win clearly. Four is a candidate whatever
+    the size, because the file may have been cut short.
+    """
+    magnitude = np.log1p(np.abs(np.nan_to_num(values.astype(np.float64))))
+    fallback, best, best_share = None, None, 0.1
+    for columns in (3, 4, 5, 6):
+        divides = size % (4 * columns) == 0
+        if not (divides or columns == 4) or len(values) < 2 * columns:
+            continue
+        rows = magnitude[: len(values) // columns * columns].reshape(-1, columns)
+        share = rows.mean(axis=0).var() / max(rows.var(), 1e-12)
+        if share > 1.2 * best_share:
+            best, best_share = columns, share
+        if divides and columns != 4:
+            fallback = fallback or columns  # columns alike, e.g. random numbers: the size alone speaks
+    return best or fallback
+
+
+def read_labels(path: str | Path, num_points: int | None) -> np.ndarray:
+    """Raw labels of one scan, uint32 [n]: raw id in the low 16 bits, instance in the high ones.
+
+    Args:
+        path: File of uint32, one for each point of the scan in its order.
+        num_points: Points of the scan; None reads the labels without their scan.
+    Raises: InputError if the file cannot be read, is cut short or has another length than the scan.
+    """
+    labels, size = _read_values(path, "<u4", "label")
+    if size % 4:
+        raise InputError(f"{path}: the label file is truncated: {size} bytes, expected 4 a point; copy it again")
+    if num_points is not None and len(labels) != num_points:
+        raise InputError(
+            f"{path}: the label file has {len(labels)} labels, but its scan has {num_points} points; "
+            "labels and scan must come from the same data set and version"
+        )
+    return labels
+
+
+def read_poses(poses_path: str | Path, calib_path: str | Path) -> np.ndarray:
+    """LiDAR poses in the frame of scan 0, from camera poses and the calibration: inv(Tr) inv(P_0) P_i Tr.
+
+    Args:
+        poses_path: Text, row i = P_i, the pose of camera 0 in the world at frame number i: 3 x 4, row by row.
+        calib_path: Text with a row `Tr:`, camera 0 from LiDAR, as 3 x 4.
+    Returns: float64 [S, 4, 4], frame of LiDAR 0 from that of LiDAR i, for frame numbers 0..S-1, metres.
+    Raises: InputError if a file or the row `Tr:` is missing, a row has not 12 finite numbers, or a matrix is not
+        rigid.
+    """
+    lines = _read_text(poses_path, "poses").rstrip().splitlines()
+    if not lines:
+        raise InputError(f"{poses_path}: holds no pose; expected one row of 12 numbers a scan")
+    poses = _rigid(lines, poses_path, "line {}")
+
+    rows = [line.partition(":") for line in _read_text(calib_path, "calibration").splitlines()]
+    found = [numbers for key, _, numbers in rows if key.strip() == "Tr"]
+    if not found:
+        keys = ", ".join(key.strip() for key, colon, _ in rows if colon) or "none"
+        raise InputError(
+            f"{calib_path}: expected a row 'Tr:' (camera 0 from LiDAR, 12 numbers), found {keys}; for KITTI raw "
+            "data write R0_rect * Tr_velo_to_cam under that name"
+        )
+    camera_from_lidar = _rigid(found[:1], calib_path, "row 'Tr:'")[0]
+    return np.linalg.inv(camera_from_lidar) @ np.linalg.inv(poses[0]) @ poses @ camera_from_lidar
+
+
+def _read_text(path: str | Path, what: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise _unreadable(path, what, error) from None
+
+
+def _rigid(rows: list[str], path: str | Path, where: str) -> np.ndarray:
+    """Rows of 12 numbers as float64 [S, 4, 4]; `where` is what the message calls row {} (from 1)."""
+    values = np.empty((len(rows), 12))
+    for i, row in enumerate(rows):
+        numbers = row.split()
+        try:
+            values[i] = [float(number) for number in numbers] if len(numbers) == 12 else np.nan
+        except ValueError:
+            values[i] = np.nan
+        if not np.isfinite(values[i]).all():
+            raise InputError(
+                f"{path}: {where.format(i + 1)} is not 12 finite numbers (3 x 4, row by row) but {len(numbers)} "
+                f"values '{row.strip()[:40]}...'; every scan needs its row"
+            )
+    values = values.reshape(-1, 3, 4)
+    rotation = values[:, :, :3]
+    error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
+    broken = (error > RIGID_TOLERANCE) | (np.linalg.det(rotation) < 0)
+    if broken.any():
+        i = broken.argmax()
+        raise InputError(
+            f"{path}: {where.format(i + 1)} is not a rigid transform: R R^T is off the identity by "
+            f"{error[i]:.2g} (allowed {RIGID_TOLERANCE:g}), det R is {np.linalg.det(rotation[i]):.3g} (expected 1); "
+            "check the scale and order of its numbers"
+        )
+    matrices = np.tile(np.eye(4), (len(values), 1, 1))
+    matrices[:, :3] = values
+    return matrices
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence folder on disk.
+
+    name: what scans are called by, e.g. "08".
+    folder: holds velodyne/ and, where known, labels/, poses.txt and calib.txt.
+    frames: frame numbers in velodyne/, ascending; gaps may occur.
+    width: digits of a file name, zero-padded; 6 in SemanticKITTI.
+    """
+
+    name: str
+    folder: Path
+    frames: tuple[int, ...]
+    width: int = 6
+
+    def scan(self, frame: int) -> ScanId:
+        return ScanId(self.name, frame)
+
+    def points_path(self, frame: int) -> Path:
+        return self.folder / "velodyne" / f"{frame:0{self.width}d}.bin"
+
+    def labels_path(self, frame: int) -> Path:
+        return self.folder / "labels" / f"{frame:0{self.width}d}.label"
+
+    def read_points(self, frame: int) -> np.ndarray:
+        """Points float32 [n, 4] of a frame; see `read_points`."""
+        return read_points(self.points_path(frame))
+
+    def read_labels(self, frame: int, num_points: int | None) -> np.ndarray:
+        """Raw labels uint32 [n] of a frame; see `read_labels`."""
+        return read_labels(self.labels_path(frame), num_points)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is any label; a single missing one is an error when it is read."""
+        return any((self.folder / "labels").glob("*.label"))
+
+    @property
+    def has_poses(self) -> bool:
+        return (self.folder / "poses.txt").exists()
+
+    @property
+    def gaps(self) -> tuple[int, ...]:
+        """Frame numbers missing between the first and the last one."""
+        return tuple(sorted(set(range(self.frames[0], self.frames[-1])) - set(self.frames)))
+
+    def poses(self) -> np.ndarray:
+        """LiDAR pose of each frame, float64 [len(frames), 4, 4], in the frame of LiDAR 0; see `read_poses`.
+
+        The files are read once. Raises InputError also if poses.txt has no row for a frame.
+        """
+        if self.frames[-1] >= len(self._pose_rows):
+            raise InputError(
+                f"{self.folder / 'poses.txt'}: has {len(self._pose_rows)} rows, but the scans go up to frame "
+                f"{self.frames[-1]}; row i (from 0) must be the pose of frame number i"
+            )
+        return self._pose_rows[list(self.frames)]
+
+    @cached_property
+    def _pose_rows(self) -> np.ndarray:
+        return read_poses(self.folder / "poses.txt", self.folder / "calib.txt")
+
+
+def find_sequences(root: str | Path, names: Iterable[str] | None = None) -> list[Sequence]:
+    """Sequences under a folder, in the order of `names`, else by name.
+
+    Args:
+        root: A data root (holds sequences/NN/), its `sequences` folder, or one bare sequence folder (holds
+            velodyne/), whose name is the folder's.
+        names: Which sequences; None means all that have scans.
+    Raises: InputError if a path or a named sequence is missing, there is no scan, or its name is no number.
+    """
+    root = Path(os.path.abspath(Path(root).expanduser()))  # a name for "."; symbolic links keep theirs
+    if not root.is_dir():
+        raise InputError(
+            f"{root}: {'is not a folder' if root.exists() else 'does not exist'}; expected a data root or a "
+            "sequence folder"
+        )
+    if (root / "velodyne").is_dir():
+        folders = {root.name: root}
+    else:
+        parent = root / "sequences" if (root / "sequences").is_dir() else root
+        folders = {f.name: f for f in sorted(parent.iterdir()) if (f / "velodyne").is_dir()}
+    if not folders:
+        raise InputError(
+            f"{root}: no sequence here; expected sequences/NN/velodyne/*.bin (a data root), NN/velodyne/*.bin or "
+            "velodyne/*.bin below it; bare scans go into a folder named velodyne"
+        )
+    wanted = list(folders) if names is None else list(names)
+    missing = [name for name in wanted if name not in folders]
+    if missing:
+        raise InputError(f"{root}: no sequence {', '.join(missing)}; found {', '.join(folders)}")
+    return [_sequence(name, folders[name]) for name in wanted]
+
+
+def _sequence(name: str, folder: Path) -> Sequence:
+    # Names with a leading dot are the leftovers of copying tools ("._000000.bin"), never scans.
+    stems = sorted(f[:-4] for f in os.listdir(folder / "velodyne") if f.endswith(".bin") and f[0] != ".")
+    if not stems:
+        raise InputError(f"{folder / 'velodyne'}: holds no scan (*.bin); copy the scans of sequence {name} there")
+    for stem in stems:
+        if not re.fullmatch("[0-9]+", stem):
+            raise InputError(
+                f"{folder / 'velodyne' / stem}.bin: expected a frame number as the name, like 000000.bin; rename "
+                "it or move it away"
+            )
+    shortest = min(stems, key=len)
+    width = len(shortest)
+    for stem in stems:
+        if f"{int(stem):0{width}d}" != stem:
+            raise InputError(
+                f"{folder / 'velodyne'}: {shortest}.bin and {stem}.bin are padded differently; rename the scans to "
+                "one width, like 000000.bin"
+            )
+    return Sequence(name, folder, tuple(sorted(map(int, stems))), width)
+
+
+def drop_static_scans(
+    sequence: Sequence,
+    list_file: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, ...]:
+    """Frames worth training on: those with more than 10 moving points, and every 10th of the others.
+
+    Args:
+        sequence: Needs labels, unless a list is given.
+        list_file: Takes the frames from here instead: lines `SEQ FRAME` or `SEQ/FRAME`; what follows is
+            ignored, as are blank lines and those that begin with #. Listed scans that are not on disk are left
+            out with a warning.
+        progress: Called as progress(scans done, scans) while labels are read.
+    Returns: frame numbers, ascending.
+    Raises: InputError for a label file that cannot be used, a malformed line, or a list that names no scan of
+        the sequence.
+    """
+    if list_file is not None:
+        return _listed_frames(sequence, list_file)
+    moving, others = [], []
+    for done, frame in enumerate(sequence.frames, start=1):
+        classes = to_classes(sequence.read_labels(frame, None), CLASSES[2], sequence.labels_path(frame))
+        enough = np.count_nonzero(classes == CLASSES[2].index("moving")) > MIN_MOVING_POINTS
+        (moving if enough else others).append(frame)
+        if progress is not None:
+            progress(done, len(sequence.frames))
+    return tuple(sorted(moving + others[::KEEP_EVERY]))
+
+
+def _listed_frames(sequence: Sequence, list_file: str | Path) -> tuple[int, ...]:
+    listed = set()
+    for number, line in enumerate(_read_text(list_file, "list").splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([^\s/]+)(?:/|\s+)([0-9]+)(?:\s.*)?", line)
+        if match is None:
+            raise InputError(f"{list_file}: line {number} is '{line[:60]}', expected 'SEQ FRAME' such as '00 000123'")
+        if match[1] == sequence.name:
+            listed.add(int(match[2]))
+    kept = tuple(frame for frame in sequence.frames if frame in listed)
+    if not kept:
+        raise InputError(
+            f"{list_file}: names {len(listed)} scans of sequence {sequence.name}, none of them in "
+            f"{sequence.folder}; give the list that belongs to this data, or leave the sequence out"
+        )
+    if len(kept) < len(listed):
+        warnings.warn(
+            f"{list_file}: {len(listed) - len(kept)} of its {len(listed)} scans of sequence {sequence.name} are "
+            f"not in {sequence.folder}; going on without them",
+            stacklevel=3,
+        )
+    return kept

@@ -1,0 +1,186 @@
+"""The store of teacher logits: one safetensors file a scan, checked against the scan on reading."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from kdmos.data.batch import ScanId
+from kdmos.data.semantic_kitti import POINT_BYTES
+from kdmos.errors import InputError
+
+FORMAT_VERSION = 1
+_REMEDY = "delete it and cache the teacher's logits again"
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """Logits of one teacher for the unaugmented scans: root/teacher/sequence/frame.safetensors.
+
+    root: folder of all teachers' logits.
+    teacher: name of the teacher, one folder below.
+
+    A file holds `logits`, float16 [n, C], one row a point in scan order, and a header of strings:
+    `format_version`, `teacher`, `settings` (JSON), `scan`, `num_points`, `num_classes`, `scan_hash` and
+    `checksum` (BLAKE2b of the scan file and of the logits, 16 bytes in hex).
+
+    The checks cost 2.1 ms to hash a 2 MB scan and 1 ms for its logits (120 k points, 4 classes) on one core.
+    Reading the scan file a second time is spared by `scan_bytes`: its bytes, or the unchanged points as read.
+    """
+
+    root: Path
+    teacher: str
+
+    def path(self, scan: ScanId) -> Path:
+        return Path(self.root) / self.teacher / scan.sequence / f"{scan.frame:06d}.safetensors"
+
+    def write(self, scan: ScanId, scan_path: str | Path, logits: np.ndarray, settings: dict) -> Path:
+        """Store the logits of a scan: under its name lies the old file or the whole new one, never a part.
+
+        Args:
+            scan: Whose logits.
+            scan_path: The scan's file, hashed into the header.
+            logits: [n, C], one row for each point of the file, any float type.
+            settings: What the teacher ran with, as JSON takes it.
+        Returns: the path written.
+        Raises: InputError if the logits are not those of the scan's points or not finite in float16, or the file
+            cannot be written.
+        """
+        path = self.path(scan)
+        content = _scan_bytes(scan_path)
+        if logits.ndim != 2 or len(logits) * POINT_BYTES != len(content):
+            raise InputError(
+                f"{path}: expected logits [{len(content) // POINT_BYTES}, classes], one row for each point of "
+                f"{scan_path}, got {list(logits.shape)}"
+            )
+        with np.errstate(over="ignore"):  # reported below
+            logits = np.ascontiguousarray(logits, dtype=np.float16)
+        if not np.isfinite(logits).all():
+            raise InputError(
+                f"{path}: teacher '{self.teacher}' gave logits that are not finite in float16; nothing was "
+                "written: check its weights and precision"
+            )
+        header = {
+            "format_version": str(FORMAT_VERSION),
+            "teacher": self.teacher,
+            "settings": json.dumps(settings, sort_keys=True),
+            "scan": str(scan),
+            "num_points": str(logits.shape[0]),
+            "num_classes": str(logits.shape[1]),
+            "scan_hash": _hash(content),
+            "checksum": _hash(logits),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(safetensors.numpy.save({"logits": logits}, metadata=header))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written: {error.strerror}; free the disk or choose another folder"
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        return path
+
+    def read(
+        self,
+        scan: ScanId,
+        scan_path: str | Path,
+        num_points: int,
+        num_classes: int,
+        scan_bytes: bytes | np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits of a scan, float16 [num_points, num_classes].
+
+        Args:
+            scan: Whose logits.
+            scan_path: The scan's file, which must be the one that the teacher saw.
+            num_points: Points of the scan.
+            num_classes: Classes of the student.
+            scan_bytes: Content of that file, if at hand.
+        Raises: InputError if the file is missing, cut short, damaged, or of another scan, length, class count
+            or teacher.
+        """
+        header, logits = self._read(scan)
+        path = self.path(scan)
+        if header["num_points"] != num_points:
+            raise InputError(f"{path}: logits of {header['num_points']} points, the scan has {num_points}; {_REMEDY}")
+        if header["num_classes"] != num_classes:
+            raise InputError(
+                f"{path}: the teacher has {header['num_classes']} classes, the student {num_classes}; choose a "
+                "teacher of the student's classes"
+            )
+        self._check_scan(header, scan, scan_path, scan_bytes)
+        return logits
+
+    def verify(self, scan: ScanId, scan_path: str | Path) -> dict:
+        """Header of a sound file of this very scan, numbers and settings decoded; InputError as in `read`."""
+        header, _ = self._read(scan)
+        self._check_scan(header, scan, scan_path)
+        return header
+
+    def _read(self, scan: ScanId) -> tuple[dict, np.ndarray]:
+        """Decoded header and logits of a file that is whole and consistent in itself."""
+        path = self.path(scan)
+        try:
+            with safe_open(path, framework="np") as file:
+                header, logits = file.metadata(), file.get_tensor("logits")
+        except FileNotFoundError:
+            raise InputError(
+                f"{path}: no logits of teacher '{self.teacher}' for scan {scan}; cache them first"
+            ) from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cut short or no file of teacher logits ({error}); {_REMEDY}") from None
+        header = self._decoded(header, path)
+        shape = (header["num_points"], header["num_classes"])
+        if logits.dtype != np.float16 or logits.shape != shape:
+            raise InputError(
+                f"{path}: the header says float16 {list(shape)}, the logits are {logits.dtype} "
+                f"{list(logits.shape)}; {_REMEDY}"
+            )
+        if _hash(logits) != header["checksum"]:
+            raise InputError(f"{path}: damaged: the logits do not match their checksum; {_REMEDY}")
+        return header, logits
+
+    def _decoded(self, header: dict[str, str] | None, path: Path) -> dict:
+        try:
+            header = dict(header or {})
+            for name in ("format_version", "num_points", "num_classes"):
+                header[name] = int(header[name])
+            header["settings"] = json.loads(header["settings"])
+            version, teacher, _, _ = (header[k] for k in ("format_version", "teacher", "scan_hash", "checksum"))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path}: not a file of teacher logits (header: {error}); {_REMEDY}") from None
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {_REMEDY}")
+        if teacher != self.teacher:
+            raise InputError(f"{path}: logits of teacher '{teacher}', expected '{self.teacher}'; {_REMEDY}")
+        return header
+
+    def _check_scan(self, header: dict, scan: ScanId, scan_path: str | Path, scan_bytes=None) -> None:
+        if header["scan_hash"] != _hash(_scan_bytes(scan_path) if scan_bytes is None else scan_bytes):
+            raise InputError(
+                f"{self.path(scan)}: logits of another scan: {scan_path} is not the file that the teacher saw "
+                f"(then named {header.get('scan')}); {_REMEDY}"
+            )
+
+
+def _hash(content: bytes | np.ndarray) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _scan_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: the scan cannot be read: {error.strerror}; check the path") from None

@@ -1,0 +1,119 @@
+"""Networks by name, and checkpoints by path."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from kdmos import checkpoint
+from kdmos.data.labels import CLASSES
+from kdmos.errors import InputError
+from kdmos.models import published
+from kdmos.models.blocks import DySample
+from kdmos.models.student import Student, StudentOutput
+from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings
+
+__all__ = [
+    "DySample",
+    "Student",
+    "StudentOutput",
+    "StudentSettings",
+    "build_student",
+    "load_student",
+    "save_student",
+]
+
+
+def build_student(
+    name: str = "kdmos",
+    num_classes: int = 4,
+    num_channels: int = 8,
+    grid: PolarGrid | None = None,
+    classes: tuple[str, ...] | None = None,
+    motion: MotionSettings | None = None,
+) -> Student:
+    """A student with fresh weights.
+
+    Args:
+        name: "kdmos" or "motionbev".
+        num_classes: 2 (static, moving), 3 (with unlabeled) or 4 (with movable); other counts need `classes`.
+        num_channels: K, motion channels; ignored if `motion` is given.
+        grid: Polar grid; None: the published one.
+        classes: Class names in logit order, one of them "moving".
+        motion: Motion settings; None: the published form with all its look-ahead.
+    Raises: ValueError for an unknown name or a count without names.
+    """
+    if classes is None:
+        if num_classes not in CLASSES:
+            raise ValueError(f"build_student: name the classes of a student with {num_classes} classes")
+        classes = CLASSES[num_classes]
+    motion = motion or MotionSettings("published", num_channels)
+    settings = StudentSettings(name, tuple(classes), None, grid or PolarGrid(), motion)
+    return Student(settings)
+
+
+def save_student(path: str | Path, student: Student, **about) -> None:
+    """Write a student as one `.safetensors` whose header makes it usable anywhere.
+
+    Args:
+        path: Target file, replaced atomically.
+        student: The student.
+        about: JSON-able facts for the header: training data, metrics, seed, commit, remission range...
+    """
+    settings = asdict(student.settings)
+    checkpoint.save(path, student.state_dict(), {"model": settings.pop("name"), **settings, **about})
+
+
+def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
+    """A student from our `.safetensors` or from the authors' `.pt`, in eval mode.
+
+    `student.header` holds all that the file says about itself (empty for the authors' files, whose classes, K and
+    upsampler are read off the tensors, and for which the published grid and look-ahead are assumed).
+
+    Raises: InputError naming the file and what does not fit.
+    """
+    weights, header = checkpoint.load(path)
+    if published.is_published(weights):
+        weights, settings = published.convert(weights, str(path))
+    elif "model" in header and "motion" in header:
+        settings = _settings_of(header, path)
+    else:
+        raise InputError(f"{path}: not a student: neither a kdmos header nor the authors' KDMOS / MotionBEV layers")
+    student = Student(settings)
+    missing, unexpected, shapes = _compare(student.state_dict(), weights)
+    if missing or unexpected or shapes:
+        raise InputError(
+            f"{path}: does not fit a {settings.name} student with {len(settings.classes)} classes: "
+            f"{len(missing)} tensors missing, {len(unexpected)} unknown, {len(shapes)} of another shape"
+            f" (first: {(missing + unexpected + shapes)[0]})"
+        )
+    student.load_state_dict(weights)
+    student.header = header
+    return student.to(device).eval()
+
+
+def _settings_of(header: dict, path: str | Path) -> StudentSettings:
+    def tuples(settings: dict) -> dict:
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+    try:
+        motion = dict(header["motion"])
+        grid = ResidualGrid(**tuples(motion.pop("grid")))
+        return StudentSettings(
+            name=header["model"],
+            classes=tuple(header["classes"]),
+            moving=header["moving"],
+            grid=PolarGrid(**tuples(header["grid"])),
+            motion=MotionSettings(**motion, grid=grid),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the header does not describe a student ({error})") from error
+
+
+def _compare(own: dict, given: dict) -> tuple[list[str], list[str], list[str]]:
+    missing = [key for key in own if key not in given]
+    unexpected = [key for key in given if key not in own]
+    shapes = [key for key in own if key in given and own[key].shape != given[key].shape]
+    return missing, unexpected, shapes

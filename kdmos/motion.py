@@ -1,0 +1,123 @@
+"""Motion channels: what changed in height around each point, over the scans before and after it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdmos import ops
+from kdmos.data.batch import pack
+from kdmos.settings import MotionSettings, ResidualGrid
+
+
+class MotionStream:
+    """Motion channels of a sequence that arrives scan by scan.
+
+    `push` takes a scan and returns the channels that became complete with it; `flush` returns the rest, whose
+    missing future channels stay 0. Scans come out in the order they came in. What is kept is bounded: the
+    last `history` scans and the `lookahead` unfinished results.
+
+    Source: MotionBEV (RA-L 2023) for the published form; the causal form is ours.
+    """
+
+    def __init__(self, settings: MotionSettings | None = None) -> None:
+        self.settings = settings or MotionSettings()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next scan is the first of a sequence."""
+        self._window: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.settings.history + 1)
+        self._waiting: deque[Tensor] = deque()
+
+    def push(self, points: Tensor, pose: Tensor) -> Tensor | None:
+        """Take the next scan.
+
+        Args:
+            points: float32 [n, >= 3]: x, y, z in metres, LiDAR frame. May be empty (a scan that was lost).
+            pose: [4, 4], world (any fixed frame) from this scan's LiDAR frame.
+        Returns: float32 [m, K] of the scan `lookahead` pushes ago, None while there is none.
+        """
+        self._window.append((points, torch.as_tensor(pose, dtype=torch.float64, device="cpu")))
+        self._waiting.append(points.new_zeros(len(points), self.settings.num_channels))
+        if self.settings.form == "published":
+            self._published()
+        else:
+            self._causal()
+        if len(self._waiting) > self.settings.lookahead:
+            return self._waiting.popleft()
+        return None
+
+    def flush(self) -> list[Tensor]:
+        """The channels of the scans that still wait, and a fresh start."""
+        rest = list(self._waiting)
+        self.reset()
+        return rest
+
+    def _published(self) -> None:
+        scans, half = len(self._window), self.settings.num_channels // 2
+        if scans < 2 * half:
+            return
+        first = scans - 1 - self.settings.lookahead
+        residual = self._residual(newer=(half, scans), older=((0, half),), read=(first, scans))
+        lengths = [len(waiting) for waiting in self._waiting]  # exactly the scans first..scans
+        for channel, part in enumerate(reversed(residual[:, 0].split(lengths))):
+            self._waiting[-1 - channel][:, channel] = part
+
+    def _causal(self) -> None:
+        scans, half = len(self._window), self.settings.num_channels // 2
+        older = [(scans - 2 * half - k, scans - half - k) for k in range(self.settings.num_channels)]
+        older = tuple(window for window in older if window[0] >= 0)
+        if older:
+            newest = (scans - 1, scans)
+            residual = self._residual(newer=(scans - half, scans), older=older, read=newest)
+            self._waiting[-1][:, : len(older)] = residual
+
+    def _residual(self, newer, older, read) -> Tensor:
+        points, offsets = pack([points[:, :3] for points, _ in self._window])
+        poses = torch.stack([pose for _, pose in self._window])
+        transforms = torch.linalg.inv(poses[-1]) @ poses  # into the newest scan's frame
+        transforms = transforms.to(points.device)
+        return ops.height_residual(points, offsets, transforms, self.settings.grid, newer, older, read)
+
+
+def motion_channels(
+    scans: Sequence[np.ndarray] | Sequence[Tensor],
+    poses: np.ndarray | Tensor,
+    num_channels: int = 8,
+    lookahead: int | None = None,
+    form: str = "published",
+    grid: ResidualGrid | None = None,
+) -> list[np.ndarray] | list[Tensor]:
+    """Motion channels of every scan of a sequence.
+
+    Args:
+        scans: S arrays or tensors [n, >= 3] = x, y, z in metres, LiDAR frame; non-finite points get 0.
+        poses: [S, 4, 4], rigid, one fixed frame from each scan's LiDAR frame.
+        num_channels: K, even.
+        lookahead: Future scans that may be used, see `MotionSettings`; None: all that the form can use (7 for
+            the published form with K = 8).
+        form: "published" or "causal".
+        grid: The residual grid; None: the published one.
+    Returns: S of float32 [n, K], metres; arrays or tensors as `scans`, on the same device.
+    Raises: ValueError if the counts or shapes do not fit or a setting is out of range.
+    """
+    settings = MotionSettings(form, num_channels, lookahead, grid or ResidualGrid())
+    if np.shape(poses) != (len(scans), 4, 4):
+        raise ValueError(
+            f"motion_channels: expected poses [{len(scans)}, 4, 4] for {len(scans)} scans, got {list(np.shape(poses))}"
+        )
+    stream, out = MotionStream(settings), []
+    for points, pose in zip(scans, poses):
+        done = stream.push(torch.as_tensor(points, dtype=torch.float32), torch.as_tensor(pose))
+        out += [done] if done is not None else []
+    out += stream.flush()
+    return [done.numpy() for done in out] if len(scans) and isinstance(scans[0], np.ndarray) else out
+
+
+def moving_by_rule(residual: Tensor) -> Tensor:
+    """The training-free rule: a point moves if at least half of its K channels are non-zero; bool [N]."""
+    return (residual != 0).sum(1) * 2 >= residual.shape[1]

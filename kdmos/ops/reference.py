@@ -1,0 +1,211 @@
+"""The ops in plain torch: the specification that every other backend is tested against.
+
+Shapes, units and errors stand with the public functions of `kdmos.ops`; here is only the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdmos.settings import PolarGrid, ResidualGrid
+
+
+def scan_index(offsets: Tensor, num_points: int) -> Tensor:
+    """Scan of each point, int64 [N]."""
+    scans = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(scans, offsets.diff(), output_size=num_points)
+
+
+def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid):
+    x, y, z, remission = points.unbind(1)
+    rho, phi = torch.sqrt(x * x + y * y), torch.atan2(y, x)
+    position = torch.stack([rho, phi, z], 1).double()  # float64: an index must not depend on float32 rounding
+
+    lower, upper, interval = (position.new_tensor(v) for v in (grid.lower, grid.upper, grid.interval))
+    index = ((position.clamp(lower, upper) - lower) / interval).floor()
+    centre = (index + 0.5) * interval + lower
+    offset = (position - centre).to(points.dtype)
+    features = torch.cat([offset, torch.stack([rho, phi, z, x, y, remission], 1)], 1)  # [N, 9]
+
+    index = index.long()
+    rings, sectors, heights = grid.bins
+    cell = (scan_index(offsets, len(points)) * rings + index[:, 0]) * sectors + index[:, 1]
+    voxels, voxel_rank = torch.unique(cell * heights + index[:, 2], return_inverse=True)
+    # Voxels of one cell are neighbours in that order, so one sort serves both.
+    cells, cell_of_voxel = torch.unique_consecutive(voxels // heights, return_inverse=True)
+    return features, index, cell_of_voxel[voxel_rank], cells, voxel_rank, voxels
+
+
+def voxel_label(voxel_rank: Tensor, labels: Tensor, num_voxels: int, num_classes: int) -> Tensor:
+    # Labels outside the model's classes (255) vote too, as one class above all others.
+    vote = labels.long().clamp(max=num_classes)
+    votes = torch.zeros(num_voxels * (num_classes + 1), dtype=torch.int64, device=labels.device)
+    votes.scatter_add_(0, voxel_rank * (num_classes + 1) + vote, torch.ones_like(vote))
+    winner = votes.view(num_voxels, num_classes + 1).argmax(1)  # first maximum = lower class
+    return winner.masked_fill(winner == num_classes, 255).to(torch.uint8)
+
+
+def polar_scatter(features: Tensor, cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    num_points, channels = features.shape
+    with torch.no_grad():
+        inside = (cell >= 0) & (cell < num_cells)
+        target = torch.where(inside, cell, num_cells)[:, None].expand(-1, channels)  # last row: padding
+        largest = features.new_full((num_cells + 1, channels), -math.inf)
+        largest.scatter_reduce_(0, target, features.detach(), "amax")
+        point = torch.arange(num_points, device=cell.device)[:, None].expand(-1, channels)
+        candidate = torch.where(features.detach() == largest.gather(0, target), point, num_points)
+        argmax = torch.full((num_cells + 1, channels), num_points, device=cell.device)
+        argmax = argmax.scatter_reduce_(0, target, candidate, "amin")[:num_cells]
+        empty = argmax == num_points
+    if num_points == 0:
+        return features.new_zeros(num_cells, channels), argmax.fill_(-1)
+    # The gradient goes to one point, the one named by argmax.
+    maximum = features.gather(0, argmax.masked_fill(empty, 0)).masked_fill(empty, 0)
+    return maximum, argmax.masked_fill(empty, -1)
+
+
+def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid) -> Tensor:
+    rings, sectors, _ = grid.bins
+    dense = values.new_zeros(num_scans * rings * sectors, values.shape[1]).index_copy(0, cells, values)
+    return dense.view(num_scans, rings, sectors, -1).permute(0, 3, 1, 2)  # [B, C, R, A]
+
+
+def project(xyz: Tensor, grid: ResidualGrid) -> tuple[Tensor, Tensor]:
+    """Residual cell of each point, int64 [N], and whether it lies on the grid at all, bool [N]."""
+    x, y, z = xyz.unbind(1)
+    distance = torch.sqrt(x * x + y * y + z * z)
+    inside = (distance > 0) & (distance < grid.max_range) & (z > grid.z[0]) & (z < grid.z[1])
+    row = (0.5 * (torch.atan2(y, x) / math.pi + 1.0) * grid.rows).floor().clamp(0, grid.rows - 1)
+    column = ((1.0 - distance / grid.max_range) * grid.columns).floor().clamp(0, grid.columns - 1)
+    cell = torch.where(inside, row * grid.columns + column, 0.0).long()  # where: NaN has no integer
+    return cell, inside
+
+
+def height_residual(
+    points: Tensor,
+    offsets: Tensor,
+    transforms: Tensor,
+    grid: ResidualGrid,
+    newer: tuple[int, int],
+    older: tuple[tuple[int, int], ...],
+    read: tuple[int, int],
+) -> Tensor:
+    num_scans, num_cells = offsets.numel() - 1, grid.rows * grid.columns
+    lowest = points.new_full((num_scans, num_cells), math.inf)
+    highest = points.new_full((num_scans, num_cells), -math.inf)
+    places = []
+    # 1) the heights of each scan, seen from the frame that is asked for
+    for scan, xyz in enumerate(torch.split(points[:, :3], offsets.diff().tolist())):
+        rotation, translation = transforms[scan, :3, :3], transforms[scan, :3, 3]
+        xyz = (xyz.double() @ rotation.T + translation).to(points.dtype)
+        cell, inside = project(xyz, grid)
+        places.append((cell, inside))
+        lowest[scan].scatter_reduce_(0, cell[inside], xyz[inside, 2], "amin")
+        highest[scan].scatter_reduce_(0, cell[inside], xyz[inside, 2], "amax")
+
+    # 2) the height range of a window, and what is hidden in it
+    def height_range(window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        extent = highest[slice(*window)].amax(0) - lowest[slice(*window)].amin(0)
+        extent = extent.clamp(min=0.0).view(grid.rows, grid.columns)  # -inf: an empty cell
+        occluded = (extent > 0).cumsum(1) == 0  # columns run from far to near
+        return extent, occluded
+
+    def difference(first, second) -> Tensor:
+        (extent, _), (other, other_occluded) = first, second
+        keep = (grid.min_ratio * extent >= other) & ~other_occluded
+        keep &= (extent >= grid.min_height) & (extent <= grid.max_height)
+        return torch.where(keep, extent - other, 0.0).view(-1)
+
+    # 3) each point reads the cell it lies in, from its own window's side
+    new = height_range(newer)
+    out = points.new_zeros(sum(len(places[scan][0]) for scan in range(*read)), len(older))
+    for channel, window in enumerate(older):
+        old = height_range(window)
+        sides = ((newer, difference(new, old)), (window, difference(old, new)))
+        row = 0
+        for scan in range(*read):
+            cell, inside = places[scan]
+            for (start, stop), value in sides:
+                if start <= scan < stop:
+                    out[row : row + len(cell), channel] = torch.where(inside, value[cell], 0.0)
+            row += len(cell)
+    return out
+
+
+def dysample(x: Tensor, offset: Tensor, scale: int, groups: int, circular: bool) -> Tensor:
+    batch, channels, height, width = x.shape
+    # channels of offset: (xy, group, sub-row, sub-column); sub-pixels go to their place in the output
+    shift = F.pixel_shuffle(offset, scale).view(batch, 2, groups, scale * height, scale * width)
+    column = torch.arange(width, device=x.device, dtype=offset.dtype).repeat_interleave(scale)
+    row = torch.arange(height, device=x.device, dtype=offset.dtype).repeat_interleave(scale)
+    column, row = shift[:, 0] + column, shift[:, 1] + row[:, None]
+    if circular:  # one more column, the first again: the gap between the last and the first is sampled there
+        x, column = F.pad(x, (0, 1, 0, 0), mode="circular"), column.remainder(width)
+        width += 1
+    place = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], -1).flatten(0, 1)
+    x = x.reshape(batch * groups, channels // groups, height, width)
+    out = F.grid_sample(x, place.to(x.dtype), mode="bilinear", padding_mode="border", align_corners=False)
+    return out.view(batch, channels, *out.shape[2:])
+
+
+def voxel_head(features: Tensor, voxels: Tensor, weight: Tensor, bias: Tensor, grid: PolarGrid) -> Tensor:
+    heights = grid.bins[2]
+    cells, cell_of_voxel = torch.unique_consecutive(voxels // heights, return_inverse=True)
+    columns = features.permute(0, 2, 3, 1).flatten(0, 2)[cells]  # [cells, channels]
+    logits = F.linear(columns, weight.flatten(1), bias).view(len(cells), heights, -1)
+    return logits[cell_of_voxel, voxels % heights]  # [V, classes]
+
+
+def wdcd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    tckd: Tensor,
+    nckd: Tensor,
+    weight: Tensor,
+    temperature: float,
+    normaliser: str,
+    offsets: Tensor | None,
+) -> Tensor:
+    num_points, num_classes = student.shape
+    in_scan = torch.zeros_like(labels) if offsets is None else scan_index(offsets, num_points)
+    num_scans = 1 if offsets is None else offsets.numel() - 1
+    labelled = (labels >= 0) & (labels < num_classes)
+    target = torch.where(labelled, labels, 0)
+
+    # 1) what one point of each class counts in each scan
+    count = torch.zeros(num_scans * num_classes, dtype=student.dtype, device=student.device)
+    count = count.scatter_add(0, in_scan * num_classes + target, labelled.to(student.dtype))
+    count = count.view(num_scans, num_classes)
+    if normaliser == "class":  # mean over each class of a scan, sum over classes, mean over scans
+        total_t = total_n = count * num_scans
+    elif normaliser == "weight":  # weighted means, TCKD over the classes that have it
+        total_t, total_n = (count * weight * (tckd != 0)).sum(), (count * weight).sum()
+    else:  # "point": mean over the points that have a weight
+        total_t = total_n = (count * (weight != 0)).sum()
+    share_t = torch.where(total_t > 0, tckd * weight / total_t, 0.0).expand(num_scans, -1)
+    share_n = torch.where(total_n > 0, nckd * weight / total_n, 0.0).expand(num_scans, -1)
+    share_t = torch.where(labelled, share_t[in_scan, target], 0.0)
+    share_n = torch.where(labelled, share_n[in_scan, target], 0.0)
+
+    # 2) the two divergences of each point
+    is_target = F.one_hot(target, num_classes).bool()
+
+    def decouple(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits / temperature
+        log_all = logits.logsumexp(1)
+        log_rest = logits.masked_fill(is_target, -math.inf).logsumexp(1)
+        log_target = logits.gather(1, target[:, None])[:, 0]
+        log_b = torch.stack([log_target - log_all, log_rest - log_all], 1)  # target or not, [N, 2]
+        log_q = (logits - log_rest[:, None]).masked_fill(is_target, 0.0)  # among the others, [N, C]
+        return log_b, log_q
+
+    (student_b, student_q), (teacher_b, teacher_q) = decouple(student), decouple(teacher.detach())
+    q = teacher_q.exp().masked_fill(is_target, 0.0)
+    tckd_point = (teacher_b.exp() * (teacher_b - student_b)).sum(1)
+    nckd_point = (q * (teacher_q - student_q)).sum(1)
+    return (share_t * tckd_point + share_n * nckd_point).sum()

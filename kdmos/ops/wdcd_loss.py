@@ -1,0 +1,59 @@
+"""Decoupled distillation, the whole family in one op: tables say which point counts how much."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdmos.ops import reference
+
+NORMALISERS = ("point", "weight", "class")
+
+
+def wdcd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    tckd: Tensor,
+    nckd: Tensor,
+    weight: Tensor,
+    temperature: float,
+    normaliser: str,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum over the points of their target-class and non-target-class divergence from the teacher.
+
+    With p = softmax(z / T), target t, b = (p_t, 1 - p_t) and q = softmax of the non-target logits / T:
+    TCKD = KL(b_teacher | b_student), NCKD = KL(q_teacher | q_student), and a point of class c adds
+    tckd[c] * weight[c] * TCKD / D_t + nckd[c] * weight[c] * NCKD / D_n, where D is, by `normaliser`,
+    "point": the number of points with a weight; "weight": the sum of the weights of the points (for TCKD of
+    those with tckd[c] != 0); "class": the points of class c in the same scan, times the number of scans.
+    A term whose D is 0 is 0.
+
+    Args:
+        student: Logits, float [N, C], 2 <= C. Half types are computed in float32.
+        teacher: Logits, float [N, C]; receives no gradient.
+        labels: Classes, integer [N]; values outside [0, C), such as 255, count nothing.
+        tckd, nckd, weight: float [C].
+        temperature: T > 0.
+        normaliser: One of NORMALISERS.
+        offsets: int64 [B + 1], rows of each scan; None: one scan.
+    Returns: Scalar.
+    Raises: ValueError if the shapes do not fit or the normaliser is unknown.
+    Source: KDMOS (IROS 2025); DKD (Zhao et al., CVPR 2022) for the decoupling.
+    """
+    if student.ndim != 2 or teacher.shape != student.shape or labels.shape != student.shape[:1]:
+        raise ValueError(
+            f"wdcd_loss: expected student and teacher [N, C] and labels [N], got {list(student.shape)}, "
+            f"{list(teacher.shape)} and {list(labels.shape)}"
+        )
+    if student.shape[1] < 2 or any(table.shape != student.shape[1:] for table in (tckd, nckd, weight)):
+        raise ValueError(f"wdcd_loss: expected tables [C] for C = {student.shape[1]} >= 2 classes")
+    if normaliser not in NORMALISERS:
+        raise ValueError(f"wdcd_loss: normaliser must be one of {NORMALISERS}, got {normaliser!r}")
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student, teacher, tckd, nckd, weight = (t.to(dtype) for t in (student, teacher, tckd, nckd, weight))
+    with torch.autocast(student.device.type, enabled=False):
+        return reference.wdcd_loss(
+            student, teacher, labels.long(), tckd, nckd, weight, temperature, normaliser, offsets
+        )
