@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -20,9 +21,13 @@ FORMAT = 1
 HEADER = "kdmos"  # the one metadata key; its value is JSON
 
 
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary neighbour, to the disk, then renamed.
+def write_atomic(path: str | Path, content: bytes, durable: bool = True) -> None:
+    """Write a file whole or not at all: to a temporary neighbour, then renamed.
 
+    Args:
+        path: Target; folders are made.
+        content: What it holds.
+        durable: Wait until it is on the disk: for what cannot be computed again.
     Raises: InputError naming the file and the reason (a full disk, no permission); an old file stays as it was.
     """
     path = Path(path)
@@ -31,11 +36,13 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 import typer
@@ -16,6 +17,7 @@ def run(command: Callable, name: str, argv: list[str] | None = None) -> None:
 
     A command returns None or its exit code. `KDMOS_DEBUG=1` shows the whole traceback of an input error.
     """
+    warnings.formatwarning = lambda message, *_, **__: f"kdmos {name}: warning: {message}\n"
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command)
     try:

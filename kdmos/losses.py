@@ -90,7 +90,8 @@ class DecoupledDistillation(nn.Module):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"{type(self).__name__}: temperature must be positive, got {temperature}")
-        self.table, self.temperature, self.normaliser, self.scale = table, temperature, normaliser, scale
+        self.table, self.temperature, self.normaliser = table, temperature, normaliser
+        self.scale, self.floor = scale, floor
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, scan_offsets: Tensor | None = None
@@ -108,9 +109,16 @@ class DecoupledDistillation(nn.Module):
                 f"{type(self).__name__}: with two classes the non-target part is a distribution over one class "
                 "and NCKD is 0 whatever the teacher says; distil models of three or more classes, or use KD"
             )
-        tckd, nckd, weight = (student_logits.new_tensor(values) for values in table)
+        tables = (student_logits.new_tensor(values) for values in table)
         loss = ops.wdcd_loss(
-            student_logits, teacher_logits, labels, tckd, nckd, weight, self.temperature, self.normaliser, scan_offsets
+            student_logits,
+            teacher_logits,
+            labels,
+            *tables,
+            self.temperature,
+            self.normaliser,
+            scan_offsets,
+            self.floor,
         )
         return loss * self.scale
 
@@ -131,8 +139,9 @@ class WDCD(DecoupledDistillation):
         moving_parts, other_parts: Whether (TCKD, NCKD) are used on moving points and on the others: the
             ablation of the paper's Table V.
     Raises: ValueError for an unknown variant, or weights that do not fit the classes.
-    Source: KDMOS (IROS 2025). The authors' code adds 1e-8 inside both divergences; that shifts their value by
-        about 3e-5 through the masked class and has no gradient to speak of, so it is left out here.
+    Source: KDMOS (IROS 2025). "authors" keeps the 1e-8 that their code adds to the student's probabilities in
+        TCKD: it decides where the student is certain and wrong. The one in their NCKD only shifts its value by
+        about 1e-5, without a gradient, and is left out.
     """
 
     def __init__(
@@ -168,7 +177,8 @@ class WDCD(DecoupledDistillation):
                 tckd = [t if w else 0.0 for t, w in zip(tckd, weight)]
             return Table(tuple(tckd), tuple(beta * part[1] for part in parts), tuple(weight))
 
-        super().__init__(table, temperature, WDCD_NORMALISERS[variant])
+        floor = 1e-8 if variant == "authors" else 0.0
+        super().__init__(table, temperature, WDCD_NORMALISERS[variant], floor=floor)
 
 
 class DKD(DecoupledDistillation):

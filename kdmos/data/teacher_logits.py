@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from kdmos.checkpoint import write_atomic
 from kdmos.data.batch import ScanId
 from kdmos.data.semantic_kitti import POINT_BYTES
 from kdmos.errors import InputError
@@ -78,18 +77,7 @@ class TeacherLogits:
             "scan_hash": _hash(content),
             "checksum": _hash(logits),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(safetensors.numpy.save({"logits": logits}, metadata=header))
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be written: {error.strerror}; free the disk or choose another folder"
-            ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        write_atomic(path, safetensors.numpy.save({"logits": logits}, metadata=header))
         return path
 
     def read(

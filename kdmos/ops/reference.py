@@ -170,6 +170,7 @@ def wdcd_loss(
     temperature: float,
     normaliser: str,
     offsets: Tensor | None,
+    floor: float,
 ) -> Tensor:
     num_points, num_classes = student.shape
     in_scan = torch.zeros_like(labels) if offsets is None else scan_index(offsets, num_points)
@@ -205,6 +206,9 @@ def wdcd_loss(
         return log_b, log_q
 
     (student_b, student_q), (teacher_b, teacher_q) = decouple(student), decouple(teacher.detach())
+    if floor > 0:  # on each class's probability
+        share = student_b.new_tensor([floor, (num_classes - 1) * floor])
+        student_b = torch.logaddexp(student_b, share.log())
     q = teacher_q.exp().masked_fill(is_target, 0.0)
     tckd_point = (teacher_b.exp() * (teacher_b - student_b)).sum(1)
     nckd_point = (q * (teacher_q - student_q)).sum(1)

@@ -20,6 +20,7 @@ def wdcd_loss(
     temperature: float,
     normaliser: str,
     offsets: Tensor | None = None,
+    floor: float = 0.0,
 ) -> Tensor:
     """Weighted sum over the points of their target-class and non-target-class divergence from the teacher.
 
@@ -38,6 +39,8 @@ def wdcd_loss(
         temperature: T > 0.
         normaliser: One of NORMALISERS.
         offsets: int64 [B + 1], rows of each scan; None: one scan.
+        floor: Added to each of the student's probabilities inside TCKD: a point it is certain to get wrong by
+            more than this counts no more and loses its gradient.
     Returns: Scalar.
     Raises: ValueError if the shapes do not fit or the normaliser is unknown.
     Source: KDMOS (IROS 2025); DKD (Zhao et al., CVPR 2022) for the decoupling.
@@ -55,5 +58,5 @@ def wdcd_loss(
     student, teacher, tckd, nckd, weight = (t.to(dtype) for t in (student, teacher, tckd, nckd, weight))
     with torch.autocast(student.device.type, enabled=False):
         return reference.wdcd_loss(
-            student, teacher, labels.long(), tckd, nckd, weight, temperature, normaliser, offsets
+            student, teacher, labels.long(), tckd, nckd, weight, temperature, normaliser, offsets, floor
         )

@@ -1,0 +1,157 @@
+"""The training config: every setting with its default, unit and meaning; a YAML states only what differs."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdmos.errors import InputError
+from kdmos.settings import StudentSettings
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Strict):
+    """Which scans."""
+
+    root: Path = Path("data/SemanticKITTI")  # data root, or one bare sequence folder
+    train: tuple[str, ...] | None = None  # sequence names; null: the training split, or a bare folder's one
+    valid: tuple[str, ...] | None = None  # sequence names; null: the validation split, or the training ones
+    kitti_road: bool = False  # add KITTI-road's sequences to the splits
+    drop_static_scans: bool | Path = False  # true: every 10th of the scans with at most 10 moving points; or a list
+    cache: Path | None = None  # motion cache; null: kdmos/motion in the user's cache folder
+    workers: Annotated[int, Field(ge=0)] = 2  # processes that read ahead
+
+
+class AugmentConfig(Strict):
+    """Random changes to a training scan as a whole."""
+
+    rotate: bool = True  # yaw, uniform over the full turn
+    flip: bool = True  # x and y, each with probability 1/2
+    translation: NotNegative = 0.1  # metres, standard deviation per axis
+
+
+class DistillConfig(Strict):
+    """Learning from a teacher's cached logits."""
+
+    teacher: str = "mambamos"  # folder below `logits`
+    logits: Path = Path("logits")  # root of the store: logits/<teacher>/<sequence>/<frame>.safetensors
+    loss: Literal["wdcd", "dkd", "kd", "logit_std_kd", "ofa"] = "wdcd"
+    options: dict[str, Any] = {}  # arguments of the loss, e.g. {variant: paper, temperature: 4, beta: 3}
+    gamma: NotNegative = 0.3  # weight of the distillation in the total loss
+
+
+class OptimizerConfig(Strict):
+    """SGD, and how its learning rate moves."""
+
+    lr: Positive = 0.01
+    momentum: NotNegative = 0.9
+    weight_decay: NotNegative = 1e-4
+    warmup_epochs: NotNegative = 1.0  # linear from 0 to lr
+    decay: Positive = 0.99  # factor per epoch, applied per step
+
+
+class Config(Strict):
+    """One training run."""
+
+    output: Path = Path("runs/train")  # all that the run writes
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig = DataConfig()
+    student: StudentSettings = StudentSettings()
+    augment: AugmentConfig = AugmentConfig()
+    class_weights: tuple[float, ...] | None = None  # of the cross-entropy, one per class
+    distill: DistillConfig | None = None  # null: learn from the labels alone
+    optimizer: OptimizerConfig = OptimizerConfig()
+    epochs: Count = 150
+    batch_size: Count = 8  # scans per step and process
+    accumulate: Count = 1  # batches per optimizer step
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    gradient_clip: Positive | None = None  # largest norm of the gradient
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = 1  # GPUs, or processes on a CPU; "auto": all GPUs
+    save_every: Count = 200  # steps between saves of the training state
+
+
+def find_config(name: str | Path) -> Path:
+    """A config file by path, or one of the project's by name ("semantic_kitti")."""
+    if Path(name).is_file():
+        return Path(name)
+    here = Path(__file__).parent
+    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), None)
+    known = sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
+    if str(name).removesuffix(".yaml") in known:
+        return folder / f"{str(name).removesuffix('.yaml')}.yaml"
+    raise InputError(f"--config {name}: no such file, and the configs by name are {', '.join(known)}")
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Defaults, then the YAML, then `key=value` overrides such as `optimizer.lr=0.005` or `distill=null`.
+
+    Raises: InputError naming the file and the key: unknown, or a value that does not fit.
+    """
+    content, source = {}, "defaults"
+    if path is not None:
+        source = str(path)
+        try:
+            content = yaml.safe_load(find_config(path).read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: expected keys and values, got {type(content).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"'{override}': expected key=value, e.g. optimizer.lr=0.005")
+        *parents, leaf = key.split(".")
+        place = content
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place = place[parent]
+        try:
+            place[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"'{override}': the value is not YAML: {error}") from error
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(place[:-1])
+        close = difflib.get_close_matches(place[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {key}; {hint}"
+    return f"{key}: {first['msg']}, got {first['input']!r}"
+
+
+def _known_keys(place: list[str]) -> list[str]:
+    schema = Config.model_json_schema()
+    node = schema
+    for part in place:
+        node = node.get("properties", {}).get(part, {})
+        options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
+        reference = next((option["$ref"] for option in options if "$ref" in option), None)
+        if reference:
+            node = schema["$defs"][reference.split("/")[-1]]
+    return list(node.get("properties", {}))
+
+
+def dump_config(config: Config) -> str:
+    """The whole resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,129 @@
+"""What training reads: one scan with its labels, motion channels and teacher logits; and an order that resumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from kdmos.data.batch import collate
+from kdmos.data.labels import to_classes
+from kdmos.data.motion_cache import MotionCache
+from kdmos.data.semantic_kitti import Sequence
+from kdmos.data.teacher_logits import TeacherLogits
+
+
+class MosDataset(Dataset):
+    """Labelled scans of some sequences. Only reads: everything else runs on the step's device.
+
+    Args:
+        scans: (sequence, frame) of each item.
+        classes: Class names of the model.
+        caches: Motion cache of each sequence, by its name.
+        teacher: Store of teacher logits, or None.
+    Items: dict of `scan`, and numpy `points` float32 [n, 4], `residual` float32 [n, K], `labels` uint8 [n] and,
+        with a teacher, `teacher_logits` float16 [n, C]; non-finite points are left out of all.
+    Raises: InputError naming the file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        scans: list[tuple[Sequence, int]],
+        classes: tuple[str, ...],
+        caches: dict[str, MotionCache],
+        teacher: TeacherLogits | None = None,
+    ) -> None:
+        self.scans, self.classes, self.caches, self.teacher = scans, classes, caches, teacher
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, index: int) -> dict:
+        sequence, frame = self.scans[index]
+        scan, points = sequence.scan(frame), sequence.read_points(frame)
+        raw = sequence.read_labels(frame, len(points))
+        sample = {
+            "points": points,
+            "residual": self.caches[sequence.name].read(frame, len(points)),
+            "labels": to_classes(raw, self.classes, sequence.labels_path(frame)),
+        }
+        if self.teacher is not None:
+            path = sequence.points_path(frame)
+            sample["teacher_logits"] = self.teacher.read(scan, path, len(points), len(self.classes), points)
+        finite = np.isfinite(points).all(1)
+        if not finite.all():
+            sample = {name: column[finite] for name, column in sample.items()}
+        return {"scan": scan, **sample}
+
+
+class EpochOrder:
+    """Batches of indices in an order that is a function of (seed, epoch), split over `world` processes.
+
+    A last, smaller batch is kept. Shuffled (training), every process gets as many scans: the first ones are
+    repeated where they do not divide.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1) -> None:
+        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.rank, self.world, self.epoch, self.skip = rank, world, 0, 0
+
+    @property
+    def sampler(self) -> EpochOrder:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def _mine(self) -> list[int]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+            order = np.resize(order, math.ceil(self.length / self.world) * self.world)
+        return order[self.rank :: self.world].tolist()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._mine()) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        mine, first = self._mine(), self.skip
+        self.skip = 0
+        return iter([mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)][first:])
+
+
+class ResumableLoader(DataLoader):
+    """A loader that, resumed in the middle of an epoch, reads only what is left of it.
+
+    Its state is how many batches were handed out; the order itself follows from (seed, epoch).
+    """
+
+    def __init__(self, dataset: MosDataset, order: EpochOrder, workers: int, pin_memory: bool = False) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+        )
+        self.order, self.handed_out = order, 0
+
+    def __iter__(self) -> Iterator:
+        self.handed_out = self.order.skip
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+        self.handed_out = 0
+
+    def state_dict(self) -> dict:
+        return {"handed_out": self.handed_out}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.order.skip = state["handed_out"] % len(self.order)
+
+
+def step_seed(seed: int, epoch: int, batch: int, rank: int = 0) -> int:
+    """Seed of the network's randomness (dropout) in one step: a function of its place in the run."""
+    return int(np.random.SeedSequence([seed, epoch, batch, rank]).generate_state(1, np.uint64)[0] >> 1)

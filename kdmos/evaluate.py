@@ -1,0 +1,430 @@
+"""`kdmos evaluate`: predictions against labels, counted as the public SemanticKITTI MOS evaluation counts.
+
+In order: what is scored, the counting, the scores, the pictures, the report, the command.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kdmos import metrics
+from kdmos.command import run
+from kdmos.data.labels import CLASSES, to_classes
+from kdmos.data.semantic_kitti import SPLITS, Sequence, find_sequences, read_labels, split_sequences
+from kdmos.errors import InputError
+from kdmos.motion import MotionStream, moving_by_rule
+from kdmos.picture import bev_picture
+from kdmos.settings import MotionSettings
+
+NAMES = CLASSES[4]
+UNLABELED, STATIC, MOVABLE, MOVING = range(4)
+RANGES = (0, 10, 20, 30, 40, 50)  # lower bounds, metres of horizontal distance; the last one is open
+RULE = MotionSettings()  # the published channels, K = 8: they look 7 scans ahead
+PICTURE_EXTENT = 40.0  # metres; beyond, a moving person is a point or two
+FILE_WIDTH = 120  # columns of the report where there is no terminal to ask
+
+
+# --- what is scored
+
+
+def find_scored(
+    data: str | Path, predictions: str | Path, asked: Iterable[str] | None = None
+) -> tuple[list[tuple[Sequence, list[int]]], dict[str, str]]:
+    """Sequences to score with their labelled frames, and why others are left out.
+
+    Args:
+        data: SemanticKITTI root or bare sequence folder.
+        predictions: Folder that holds sequences/<name>/predictions/NNNNNN.label.
+        asked: Names of the sequences; None: all that have labels and predictions.
+    Returns: [(sequence, frames)] and {name: reason}, the latter empty if sequences were asked for.
+    Raises: InputError if nothing can be scored, an asked-for sequence cannot, or a file is missing.
+    """
+    if not Path(predictions).is_dir():
+        raise InputError(f"{predictions}: no such folder; kdmos predict writes it")
+    scored, left_out = [], {}
+    for sequence in find_sequences(data, asked):
+        labelled, folder = _labelled_frames(sequence), prediction_path(predictions, sequence, 0).parent
+        if not labelled:
+            left_out[sequence.name] = f"{sequence.folder / 'labels'}: no labels to score against"
+        elif not folder.is_dir():
+            left_out[sequence.name] = f"{folder}: no predictions"
+        else:
+            _check_complete(sequence, labelled, predictions)
+            scored.append((sequence, labelled))
+    if left_out and asked is not None:
+        raise InputError(next(iter(left_out.values())))
+    if not scored:
+        reasons = [reason for reason in left_out.values() if reason.endswith("no predictions")]
+        raise InputError(
+            (reasons or list(left_out.values()))[0] + " (nor for any other sequence)" * (len(left_out) > 1)
+        )
+    return scored, left_out
+
+
+def prediction_path(predictions: str | Path, sequence: Sequence, frame: int) -> Path:
+    name = f"{frame:0{sequence.width}d}.label"
+    return Path(predictions) / "sequences" / sequence.name / "predictions" / name
+
+
+def _labelled_frames(sequence: Sequence) -> list[int]:
+    return sorted(int(path.stem) for path in (sequence.folder / "labels").glob("*.label") if path.stem.isdecimal())
+
+
+def _check_complete(sequence: Sequence, labelled: list[int], predictions: str | Path) -> None:
+    """Each label must have its scan and its prediction: a score of the rest would not say that it is one."""
+    lost = sorted(set(labelled) - set(sequence.frames))
+    if lost:
+        raise InputError(
+            f"{sequence.points_path(lost[0])}: no such scan, but {sequence.folder / 'labels'} has labels for it "
+            f"({len(lost)} of {len(labelled)} label files are without a scan)"
+        )
+    missing = [frame for frame in labelled if not prediction_path(predictions, sequence, frame).exists()]
+    if missing:
+        raise InputError(
+            f"{prediction_path(predictions, sequence, missing[0])}: no prediction for labelled scan "
+            f"{sequence.scan(missing[0])} ({len(missing)} of {len(labelled)} are missing); predict the whole sequence"
+        )
+
+
+# --- the counting
+
+
+class Tally:
+    """Confusion tables of one sequence, int64 [ranges, 4, 4], rows truth; and how many scans they are of."""
+
+    def __init__(self) -> None:
+        self.tables = np.zeros((len(RANGES), len(NAMES), len(NAMES)), np.int64)
+        self.scans = 0
+
+    def add(self, truth: np.ndarray, predicted: np.ndarray, ring: np.ndarray) -> None:
+        self.scans += 1
+        for i, table in enumerate(self.tables):
+            table += metrics.confusion(truth[ring == i], predicted[ring == i], len(NAMES))
+
+    def __add__(self, other: Tally) -> Tally:
+        total = Tally()
+        total.tables, total.scans = self.tables + other.tables, self.scans + other.scans
+        return total
+
+
+def count_sequence(
+    sequence: Sequence, labelled: list[int], predictions: str | Path, rule: bool, advance
+) -> tuple[Tally, Tally, int]:
+    """Read a sequence once: tally of the predictions, tally of the rule, and the frame with most moving points."""
+    by_prediction, by_rule, most, fullest = Tally(), Tally(), -1, labelled[0]
+    stream, waiting = MotionStream(RULE), deque()  # truth and ring of the scans whose channels are not complete
+    poses = sequence.poses() if rule else None
+
+    def score_rule(channels: torch.Tensor) -> None:
+        scan = waiting.popleft()
+        if scan is not None:
+            truth, ring = scan
+            by_rule.add(truth, np.where(moving_by_rule(channels).numpy(), MOVING, STATIC), ring)
+
+    # The rule sees unlabelled scans too: they belong to the windows of their neighbours.
+    frames = sequence.frames if rule else labelled
+    known = set(labelled)
+    for index, frame in enumerate(frames):
+        points, scan = sequence.read_points(frame), None
+        if frame in known:
+            truth, predicted = read_scan(sequence, frame, predictions, len(points))
+            scan = truth, range_ring(points)
+            by_prediction.add(truth, predicted, scan[1])
+            moving = np.count_nonzero(truth == MOVING)
+            if moving > most:
+                most, fullest = moving, frame
+        if rule:
+            waiting.append(scan)
+            channels = stream.push(torch.from_numpy(points), poses[index])
+            if channels is not None:
+                score_rule(channels)
+        advance()
+    for channels in stream.flush():
+        score_rule(channels)
+    return by_prediction, by_rule, fullest
+
+
+def read_scan(
+    sequence: Sequence, frame: int, predictions: str | Path, num_points: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted class of each point, uint8 [n], indices into `NAMES`."""
+    path, labels_path = prediction_path(predictions, sequence, frame), sequence.labels_path(frame)
+    truth = to_classes(sequence.read_labels(frame, num_points), NAMES, labels_path)
+    return truth, to_classes(read_labels(path, num_points), NAMES, path)
+
+
+def range_ring(points: np.ndarray) -> np.ndarray:
+    """Index into `RANGES` of each point; non-finite ones, which count like all others, go into the last ring."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.searchsorted(RANGES, np.hypot(points[:, 0], points[:, 1]), side="right") - 1
+
+
+# --- the scores
+
+
+def evaluate_predictions(
+    data: str | Path,
+    predictions: str | Path,
+    sequences: Iterable[str] | None = None,
+    split: str | None = None,
+    rule: bool = False,
+    pictures: str | Path | None = None,
+    frames: Iterable[int] | None = None,
+    progress: bool = False,
+) -> dict:
+    """Scores of written predictions, in all and per sequence.
+
+    Every point with a label counts, non-finite points too; unlabeled truth does not. Movable is part of static,
+    as in the public evaluation, unless the predictions hold movable ids. Numbers in all come from the summed
+    counts. (The public tool takes a predicted 250 for unlabeled. Moving IoU is the same either way.)
+
+    Args:
+        data: SemanticKITTI root or bare sequence folder, with labels.
+        predictions: Folder that holds sequences/<name>/predictions/NNNNNN.label, raw ids.
+        sequences: Names of the sequences to score; None: all that have labels and predictions.
+        split: The sequences of this split instead: "train", "valid" or "test".
+        rule: Score beside them the training-free rule, at least half of the published residual channels
+            non-zero; needs poses.
+        pictures: Folder for a picture per sequence, of the scan with most moving points.
+        frames: Frame numbers to draw instead, in each sequence that has them.
+        progress: Show a bar on stderr.
+    Returns: JSON-able dict: `data`, `predictions`, `classes`, `total`, `sequences` {name: scores}, `left_out`
+        {name: reason}, `pictures` [path]; with `rule` also `rule` {`motion`, `total`, `sequences`}. Scores are
+        `scans`, `points` (with a label), `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`,
+        `static_iou` (movable included), `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`,
+        `moving_iou`, `moving_precision`, `moving_recall`}]; shares in 0..1, None where there is nothing to count.
+    Raises: InputError naming the file or argument that cannot be used.
+    """
+    if sequences is not None and split is not None:
+        raise InputError("sequences and split exclude each other: give one of them")
+    if frames is not None and pictures is None:
+        raise InputError("frames are frames to draw: give a folder for the pictures too")
+    asked = split_sequences(split) if split is not None else sequences
+    scored, left_out = find_scored(data, predictions, asked)
+    frames = None if frames is None else list(frames)
+    nowhere = set(frames or ()).difference(*(labelled for _, labelled in scored))
+    if nowhere:
+        raise InputError(f"frame {min(nowhere)}: no scored sequence has labels for it, so it cannot be drawn")
+    for sequence, _ in scored:
+        if rule and not sequence.has_poses:
+            raise InputError(f"{sequence.folder / 'poses.txt'}: does not exist, and the rule needs poses")
+
+    by_prediction, by_rule, to_draw = {}, {}, []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+        task = bar.add_task("", total=sum(len(s.frames if rule else labelled) for s, labelled in scored))
+        for sequence, labelled in scored:
+            bar.update(task, description=f"sequence {sequence.name}")
+            by_prediction[sequence.name], by_rule[sequence.name], fullest = count_sequence(
+                sequence, labelled, predictions, rule, lambda: bar.advance(task)
+            )
+            chosen = [fullest] if frames is None else [frame for frame in frames if frame in labelled]
+            to_draw += [(sequence, frame) for frame in chosen]
+
+    movable = bool(sum(tally.tables for tally in by_prediction.values())[:, :, MOVABLE].any())
+    drawn = [] if pictures is None else [draw(*scan, predictions, pictures) for scan in to_draw]
+    report = {
+        "data": str(data),
+        "predictions": str(predictions),
+        "classes": ["static", "movable", "moving"] if movable else ["static", "moving"],
+        **_scores_of_all(by_prediction, movable),
+        "left_out": left_out,
+        "pictures": [str(path) for path in drawn],
+    }
+    if rule:
+        motion = {"form": RULE.form, "num_channels": RULE.num_channels, "lookahead": RULE.lookahead}
+        report["rule"] = {"motion": motion, **_scores_of_all(by_rule, movable=False)}
+    return report
+
+
+def _scores_of_all(tallies: dict[str, Tally], movable: bool) -> dict:
+    total = sum(tallies.values(), start=Tally())
+    return {
+        "total": scores(total, movable),
+        "sequences": {name: scores(tally, movable) for name, tally in tallies.items()},
+    }
+
+
+def scores(tally: Tally, movable: bool) -> dict:
+    """What `evaluate_predictions` says about one tally."""
+    four = metrics.ignore_truth(tally.tables.sum(0), UNLABELED)
+    three = _movable_is_static(four)
+    classes = {"static": STATIC, "movable": MOVABLE, "moving": MOVING}
+    shares = metrics.iou(four if movable else three)
+    return {
+        "scans": tally.scans,
+        "points": int(four.sum()),
+        **_moving_scores(four),
+        "static_iou": _number(metrics.iou(three)[STATIC]),
+        "iou": {name: _number(shares[i]) for name, i in classes.items() if movable or i != MOVABLE},
+        "by_range": [
+            {"metres": [low, high], **_moving_scores(metrics.ignore_truth(table, UNLABELED))}
+            for low, high, table in zip(RANGES, (*RANGES[1:], None), tally.tables)
+        ],
+    }
+
+
+def _moving_scores(table: np.ndarray) -> dict:
+    return {
+        "moving_points": int(table[MOVING].sum()),
+        "moving_iou": _number(metrics.moving_iou(table, MOVING)),
+        "moving_precision": _number(metrics.precision(table)[MOVING]),
+        "moving_recall": _number(metrics.recall(table)[MOVING]),
+    }
+
+
+def _movable_is_static(table: np.ndarray) -> np.ndarray:
+    """The same counts, the movable class left empty."""
+    merged = table.copy()
+    merged[STATIC] += merged[MOVABLE]
+    merged[:, STATIC] += merged[:, MOVABLE]
+    merged[MOVABLE] = merged[:, MOVABLE] = 0
+    return merged
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)  # JSON has no nan
+
+
+# --- the pictures
+
+
+def draw(sequence: Sequence, frame: int, predictions: str | Path, folder: str | Path) -> Path:
+    """Write `<folder>/<sequence>_<frame>.png` and return its path."""
+    points = sequence.read_points(frame)
+    truth, predicted = read_scan(sequence, frame, predictions, len(points))
+    table = metrics.confusion(truth, predicted, len(NAMES))
+    title = f"sequence {sequence.name}, scan {frame}:  moving IoU {_percent(metrics.moving_iou(table, MOVING))} %"
+    path = Path(folder) / f"{sequence.name}_{frame:0{sequence.width}d}.png"
+    bev_picture(path, points, truth == MOVING, predicted == MOVING, title, PICTURE_EXTENT, truth != UNLABELED)
+    return path
+
+
+# --- the report
+
+
+def print_report(report: dict, console: Console) -> None:
+    """The scores as two tables, in percent."""
+    sources = {"predictions": report}
+    if "rule" in report:
+        sources["rule"] = report["rule"]
+    several = len(report["sequences"]) > 1
+
+    table = Table(title="Moving-object segmentation, %")
+    table.add_column("sequence", overflow="fold")
+    table.add_column("of", no_wrap=True)
+    for heading in ("scans", "moving points", "moving IoU", "precision", "recall", "static IoU"):
+        table.add_column(heading, justify="right")
+    apart = report["classes"][:-1] if "movable" in report["classes"] else []
+    for name in apart:
+        table.add_column(f"{name} apart" if name == "static" else name, justify="right")
+    for name in [*report["sequences"], *(["total"] if several else [])]:
+        for source, part in sources.items():
+            row = part["total"] if name == "total" else part["sequences"][name]
+            shares = [row[k] for k in ("moving_iou", "moving_precision", "moving_recall", "static_iou")]
+            shares += [row["iou"].get(k) for k in apart]
+            counts = f"{row['scans']:,}", f"{row['moving_points']:,}"
+            table.add_row(name, source, *counts, *map(_percent, shares), style="bold" if name == "total" else "")
+    console.print(table)
+
+    table = Table(title="Moving IoU by distance, %")
+    table.add_column("metres")
+    for low, high in zip(RANGES, (*RANGES[1:], None)):
+        table.add_column(f"{low}+" if high is None else f"{low}-{high}", justify="right")
+    rings = report["total"]["by_range"]
+    table.add_row("moving points", *(f"{ring['moving_points']:,}" for ring in rings))
+    for source, part in sources.items():
+        table.add_row(source, *(_percent(ring["moving_iou"]) for ring in part["total"]["by_range"]))
+    console.print(table)
+
+    lines = [f"not scored: {name} ({reason})" for name, reason in report["left_out"].items()]
+    lines += [f"picture: {path}" for path in report["pictures"]]
+    if "rule" in report:
+        motion = report["rule"]["motion"]
+        lines.append(
+            f"rule: at least half of the {motion['num_channels']} published residual channels non-zero; looks "
+            f"{motion['lookahead']} scans ahead, and finds less in as many scans at either end of a sequence"
+        )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None or np.isnan(share) else f"{100 * share:.1f}"
+
+
+# --- the command
+
+
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="Data with labels: SemanticKITTI root or one sequence folder.")],
+    predictions: Annotated[
+        Path, typer.Argument(help="What kdmos predict wrote: sequences/NN/predictions/NNNNNN.label below it.")
+    ],
+    sequences: Annotated[
+        str | None,
+        typer.Option(help="Score these, e.g. 08,09. Without: all that have labels and predictions."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help=f"Score a whole split: {', '.join(SPLITS)}.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    rule: Annotated[
+        bool, typer.Option("--rule", help="Score the training-free rule beside it (half of the residuals non-zero).")
+    ] = False,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for a picture per sequence, of its scan with most moving points.")
+    ] = None,
+    frames: Annotated[str | None, typer.Option(help="Draw these frames instead, e.g. 12,400.")] = None,
+) -> None:
+    """Score predictions against labels, as the public SemanticKITTI MOS evaluation does."""
+    report = evaluate_predictions(
+        data,
+        predictions,
+        _listed(sequences, "--sequences"),
+        split,
+        rule,
+        pictures,
+        _frame_numbers(frames),
+        progress=Console(stderr=True).is_terminal,
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        console = Console()
+        print_report(report, console if console.is_terminal else Console(width=FILE_WIDTH))
+
+
+def _listed(text: str | None, option: str) -> list[str] | None:
+    """ "08, 09" -> ["08", "09"], each once."""
+    if text is None:
+        return None
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if "" in names:
+        raise InputError(f"{option} '{text}': expected a list like 08,09")
+    return names
+
+
+def _frame_numbers(text: str | None) -> list[int] | None:
+    names = _listed(text, "--frames")
+    wrong = [name for name in names or () if not name.isdecimal()]
+    if wrong:
+        raise InputError(f"--frames '{text}': '{wrong[0]}' is not a frame number")
+    return None if names is None else [int(name) for name in names]
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(evaluate, "evaluate", argv)
+
+
+if __name__ == "__main__":
+    main()

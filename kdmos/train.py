@@ -1,0 +1,436 @@
+"""`kdmos train`: a student on labelled sequences, alone or under a teacher.
+
+In order: the data, the model and its losses, what is kept, the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import lightning as L
+import numpy as np
+import torch
+import typer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from kdmos import __version__, metrics, ops
+from kdmos.checkpoint import write_atomic
+from kdmos.command import run
+from kdmos.config import Config, dump_config, load_config
+from kdmos.data.augment import apply_transforms, draw_transform
+from kdmos.data.batch import PackedBatch
+from kdmos.data.dataset import EpochOrder, MosDataset, ResumableLoader, step_seed
+from kdmos.data.labels import IGNORE
+from kdmos.data.motion_cache import MotionCache
+from kdmos.data.semantic_kitti import Sequence, drop_static_scans, find_sequences, split_sequences
+from kdmos.data.teacher_logits import TeacherLogits
+from kdmos.errors import InputError
+from kdmos.losses import DISTILLATION, cross_entropy, lovasz_softmax
+from kdmos.models import Student, StudentOutput, save_student
+from kdmos.motion import moving_by_rule
+
+STATE, BEST, LAST = "state.ckpt", "best.safetensors", "last.safetensors"
+
+# --- the data
+
+
+def find_training_sequences(config: Config) -> tuple[list[Sequence], list[Sequence]]:
+    """Sequences to train and to validate on, as `config.data` asks for them."""
+    data = config.data
+    there = find_sequences(data.root)
+    if len(there) == 1 and there[0].folder == Path(os.path.abspath(data.root.expanduser())):
+        train = valid = there  # one bare sequence folder
+    else:
+        train = find_sequences(data.root, data.train or split_sequences("train", data.kitti_road))
+        valid = find_sequences(data.root, data.valid or split_sequences("valid", data.kitti_road))
+    both = {s.name for s in train} & {s.name for s in valid}
+    if both:
+        warnings.warn(
+            f"validating on training sequences ({', '.join(sorted(both))}): no measure of anything new", stacklevel=2
+        )
+    for sequence in {s.name: s for s in (*train, *valid)}.values():
+        if not sequence.has_labels:
+            raise InputError(f"{sequence.folder / 'labels'}: sequence {sequence.name} has no labels to learn from")
+        if sequence.gaps:
+            warnings.warn(
+                f"sequence {sequence.name} lacks {len(sequence.gaps)} frames; windows go over the gaps", stacklevel=2
+            )
+    return train, valid
+
+
+class MosData(L.LightningDataModule):
+    """Reads what `config.data` names; builds the motion caches first."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.train_sequences, self.valid_sequences = find_training_sequences(config)
+        sequences = {s.name: s for s in (*self.train_sequences, *self.valid_sequences)}
+        self.caches = {
+            name: MotionCache(config.data.cache, sequence, config.student.motion)
+            for name, sequence in sequences.items()
+        }
+        self.scan_list = config.output / "train_scans.txt"
+
+    def prepare_data(self) -> None:
+        """On one process: the motion caches, and the list of scans that are kept."""
+        for name, cache in self.caches.items():
+            cache.build(_counter(f"motion channels of {name}"))
+        if self.config.data.drop_static_scans is True and not self.scan_list.exists():
+            counter = _counter("scans with moving points")
+            kept = [s.scan(f) for s in self.train_sequences for f in drop_static_scans(s, progress=counter)]
+            lines = [f"{scan.sequence} {scan.frame:06d}\n" for scan in kept]
+            write_atomic(self.scan_list, "".join(lines).encode())
+
+    def setup(self, stage: str) -> None:
+        drop, distill = self.config.data.drop_static_scans, self.config.distill
+        listed = self.scan_list if drop is True else drop or None
+        frames = {s.name: drop_static_scans(s, listed) if listed else s.frames for s in self.train_sequences}
+        teacher = TeacherLogits(distill.logits, distill.teacher) if distill else None
+        classes = self.config.student.classes
+        train = [(s, f) for s in self.train_sequences for f in frames[s.name]]
+        valid = [(s, f) for s in self.valid_sequences for f in s.frames]
+        self.train_set = MosDataset(train, classes, self.caches, teacher)
+        self.valid_set = MosDataset(valid, classes, self.caches)
+
+    def _loader(self, dataset: MosDataset, shuffle: bool) -> ResumableLoader:
+        size = self.config.batch_size if shuffle else 1
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        order = EpochOrder(len(dataset), size, self.config.seed, shuffle, rank, world)
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return ResumableLoader(dataset, order, self.config.data.workers, pin_memory=on_gpu)
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader(self.train_set, shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._loader(self.valid_set, shuffle=False)
+
+
+# --- the model and its losses
+
+
+class Training(L.LightningModule):
+    """A student, its losses and its optimiser.
+
+    The randomness of a step follows from (seed, epoch, batch, process) alone, that of the data from
+    (seed, epoch, scan): a resumed run repeats what the uninterrupted one would have drawn.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        torch.manual_seed(config.seed)
+        self.student = Student(config.student)
+        classes = config.student.classes
+        # A model without an unlabeled class has no class to ignore; its unlabeled points carry 255.
+        self.ignore_index = classes.index("unlabeled") if "unlabeled" in classes else -100
+        self.distillation = self._build_distillation()
+        weights = config.class_weights
+        if weights is not None and len(weights) != len(classes):
+            raise InputError(f"class_weights: {len(weights)} weights for {len(classes)} classes")
+        self.class_weights = None if weights is None else torch.tensor(weights)
+        self.confusion = MulticlassConfusionMatrix(len(classes))
+        self.rule_confusion = MulticlassConfusionMatrix(2)
+        # Lowest and highest x, y, z and remission seen: the checkpoint says what sensor it knows.
+        self.register_buffer("seen", torch.tensor([[np.inf], [-np.inf]]).repeat(1, 4))
+
+    def _build_distillation(self):
+        distill = self.config.distill
+        if distill is None:
+            return None
+        options = {"ignore_index": self.ignore_index, **distill.options}
+        if distill.loss == "wdcd":
+            options.setdefault("moving", self.config.student.moving)
+        try:
+            loss = DISTILLATION[distill.loss](**options)
+            num_classes = len(self.config.student.classes)
+            loss(*torch.zeros(2, 1, num_classes), torch.zeros(1, dtype=torch.int64))  # do the classes suit it?
+        except (TypeError, ValueError) as error:
+            raise InputError(f"distill.options of {distill.loss}: {error}") from error
+        return loss
+
+    def losses(self, output: StudentOutput, batch: PackedBatch) -> dict[str, Tensor]:
+        """The terms of the total loss by name, already weighted."""
+        gridded, num_classes = output.gridded, len(self.student.classes)
+        labels = ops.voxel_label(gridded.voxel_rank, batch.labels, len(gridded.voxels), num_classes)
+        logits = output.voxel_logits.float()
+        terms = {
+            "cross_entropy": cross_entropy(logits, labels, self.ignore_index, self.class_weights),
+            "lovasz": lovasz_softmax(logits, labels, self.ignore_index),
+        }
+        if self.distillation is not None:
+            points = output.point_logits.float()
+            distilled = self.distillation(points, batch.teacher_logits, batch.labels, batch.offsets)
+            terms["distillation"] = self.config.distill.gamma * distilled
+        return terms
+
+    def training_step(self, batch: PackedBatch, batch_index: int) -> Tensor:
+        seed, epoch, augment = self.config.seed, self.current_epoch, self.config.augment
+        torch.manual_seed(step_seed(seed, epoch, batch_index, self.global_rank))
+        transforms = [
+            draw_transform(seed, epoch, scan, augment.rotate, augment.flip, augment.translation) for scan in batch.scans
+        ]
+        points = apply_transforms(batch.points, batch.offsets, np.stack(transforms))
+        low, high = batch.points.aminmax(dim=0)
+        self.seen = torch.stack([torch.minimum(self.seen[0], low), torch.maximum(self.seen[1], high)])
+
+        terms = self.losses(self.student(points, batch.offsets, batch.residual), batch)
+        loss = torch.stack(list(terms.values())).sum()
+        if not loss.isfinite():
+            values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
+            scans = ", ".join(map(str, batch.scans))
+            raise InputError(
+                f"the loss is not finite in epoch {epoch + 1}, batch {batch_index + 1} ({values}; scans {scans}); "
+                f"the state before it is in {self.config.output / STATE}; lower optimizer.lr or look at these scans"
+            )
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.num_scans)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=batch.num_scans)
+        return loss
+
+    def validation_step(self, batch: PackedBatch, batch_index: int) -> None:
+        predicted = self.student(batch.points, batch.offsets, batch.residual).point_logits.argmax(1)
+        truth, moving = batch.labels.long(), self.student.moving
+        labelled = (truth != IGNORE) & (truth != self.ignore_index)
+        truth, predicted, rule = truth[labelled], predicted[labelled], moving_by_rule(batch.residual[labelled])
+        self.confusion.update(predicted, truth)
+        self.rule_confusion.update(rule.long(), (truth == moving).long())
+
+    def on_validation_epoch_end(self) -> None:
+        confusion = self.confusion.compute().cpu().numpy()
+        rule = self.rule_confusion.compute().cpu().numpy()
+        self.confusion.reset()
+        self.rule_confusion.reset()
+        for name, value in zip(self.student.classes, metrics.iou(confusion)):
+            if name != "unlabeled":
+                self.log(f"val/iou_{name}", float(value))
+        self.log("val/moving_iou", float(metrics.iou(confusion)[self.student.moving]), prog_bar=True)
+        self.log("val/rule_moving_iou", float(metrics.iou(rule)[1]))
+
+    def configure_optimizers(self) -> dict:
+        setting = self.config.optimizer
+        optimizer = torch.optim.SGD(
+            self.student.parameters(), setting.lr, setting.momentum, weight_decay=setting.weight_decay
+        )
+        steps = max(1, self.trainer.estimated_stepping_batches // self.config.epochs)  # of one epoch
+        factor = learning_rate_factor(steps, setting.warmup_epochs, setting.decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def learning_rate_factor(steps_per_epoch: int, warmup_epochs: float, decay: float):
+    """Factor on the learning rate of optimizer step i (from 0): linear warm-up, then `decay` per epoch, stepwise.
+
+    Source: the schedule of the authors' code.
+    """
+    warmup = round(steps_per_epoch * warmup_epochs)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return decay ** ((step - warmup) / steps_per_epoch)
+
+    return factor
+
+
+# --- what is kept
+
+
+class Keep(Callback):
+    """Writes the training state every so many steps and the students worth having, each atomically."""
+
+    def __init__(self, config: Config, about: dict) -> None:
+        self.config, self.about, self.best = config, about, -1.0
+
+    def state_dict(self) -> dict:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = state["best"]
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs, batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.config.save_every == 0:
+            self._save_state(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
+        value = trainer.callback_metrics["val/moving_iou"].item()
+        if trainer.is_global_zero and value > self.best:
+            self._save_student(trainer, module, BEST)
+        if value > self.best:
+            self.best = value
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Training) -> None:
+        if trainer.is_global_zero:
+            self._save_student(trainer, module, LAST)
+        self._save_state(trainer)
+
+    def _save_state(self, trainer: L.Trainer) -> None:
+        target = self.config.output / STATE
+        temporary = target.with_name(f".{STATE}.part")
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"{target}: cannot be written: {error}; the older state stays") from error
+
+    def _save_student(self, trainer: L.Trainer, module: Training, name: str) -> None:
+        values = {k.removeprefix("val/"): v.item() for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
+        low, high = module.seen.tolist()
+        save_student(
+            self.config.output / name,
+            module.student,
+            **self.about,
+            metrics={name: None if np.isnan(value) else value for name, value in values.items()},
+            epoch=trainer.current_epoch + 1,
+            step=trainer.global_step,
+            sensor={axis: [low[i], high[i]] for i, axis in enumerate(("x", "y", "z", "remission"))},
+        )
+
+
+class Report(Callback):
+    """One printed line an epoch."""
+
+    def on_train_start(self, trainer: L.Trainer, module: Training) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Training) -> None:
+        if trainer.is_global_zero:
+            value = {name: tensor.item() for name, tensor in trainer.callback_metrics.items()}
+            print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
+                f"loss {value.get('train/loss_epoch', float('nan')):.4f}  "
+                f"moving IoU {value['val/moving_iou']:.4f}  "
+                f"(training-free rule {value['val/rule_moving_iou']:.4f}, "
+                f"look-ahead {module.student.settings.motion.lookahead} scans)  "
+                f"{time.perf_counter() - self.started:.0f} s",
+                flush=True,
+            )
+        self.started = time.perf_counter()
+
+
+def _counter(what: str):
+    """A progress callback that prints on one line."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty() or done == total:
+            print(f"\r{what}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _commit() -> str | None:
+    """The commit this code is at, if it lies in a git checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# --- the run
+
+
+def fit(config: Config, resume: bool = False) -> Training:
+    """Train as the config says; everything is written to `config.output`.
+
+    Args:
+        config: The run.
+        resume: Go on from the state in `config.output`, if there is one.
+    Returns: the trained module; its student is `.student`.
+    Raises: InputError for data or settings that cannot be used, or a loss that is not finite.
+    """
+    output, state = config.output, config.output / STATE
+    if state.exists() and not resume:
+        raise InputError(f"{output}: already holds a run; add --resume to go on with it, or choose another output=")
+    data = MosData(config)
+    module = Training(config)
+    resolved = output / "config.yaml"
+    if state.exists() and resolved.exists():
+        _check_same(load_config(resolved), config, resolved)
+    write_atomic(resolved, dump_config(config).encode())
+
+    about = {
+        "version": __version__,
+        "commit": _commit(),
+        "seed": config.seed,
+        "training_data": [sequence.name for sequence in data.train_sequences],
+        "validation_data": [sequence.name for sequence in data.valid_sequences],
+        "distill": config.distill and config.distill.model_dump(mode="json"),
+    }
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+    bar = [TQDMProgressBar()] if sys.stderr.isatty() else []
+    trainer = L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy="ddp" if config.devices != 1 else "auto",
+        precision=config.precision,
+        max_epochs=config.epochs,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.gradient_clip,
+        callbacks=[Keep(config, about), Report(), LearningRateMonitor("step"), *bar],
+        logger=TensorBoardLogger(output, name="", version="tensorboard"),
+        enable_checkpointing=False,
+        enable_progress_bar=bool(bar),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, data, ckpt_path=state if state.exists() else None, weights_only=True)
+    return module
+
+
+def _check_same(before: Config, now: Config, path: Path) -> None:
+    """A resumed run must be the same run; what does not change its weights may differ."""
+    free = {"epochs", "save_every", "output"}
+    old, new = (c.model_dump(mode="json", exclude=free) for c in (before, now))
+    for settings in (old, new):
+        settings["data"].pop("workers")
+        settings["data"].pop("cache")
+    changed = [key for key in new if old[key] != new[key]]
+    if changed:
+        raise InputError(
+            f"{path}: the run to resume had another {', '.join(changed)}; use its settings or a new output="
+        )
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. data.root=/data optimizer.lr=0.005"),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file, or the name of one of the project's configs.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output=, if there is one.")] = False,
+) -> None:
+    """Train or distil a student.
+
+    Writes to output=: config.yaml (all settings), best.safetensors (by moving IoU) and last.safetensors (students
+    to predict with), state.ckpt (to resume from), tensorboard/.
+    """
+    settings = load_config(config, overrides or [])
+    fit(settings, resume)
+    print(f"{settings.output / BEST}: the student with the highest moving IoU, {settings.output / LAST}: the last one")
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(train, "train", argv)
+
+
+if __name__ == "__main__":
+    main()
