@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -65,9 +66,11 @@ def find_scored(
     if left_out and asked is not None:
         raise InputError(next(iter(left_out.values())))
     if not scored:
-        reasons = [reason for reason in left_out.values() if reason.endswith("no predictions")]
+        unpredicted = [reason for reason in left_out.values() if reason.endswith("no predictions")]
         raise InputError(
-            (reasons or list(left_out.values()))[0] + " (nor for any other sequence)" * (len(left_out) > 1)
+            f"{unpredicted[0]}, nor of another labelled sequence; expected NNNNNN.label files, as kdmos predict writes"
+            if unpredicted
+            else f"{data}: no sequence has labels/NNNNNN.label, so there is nothing to score against"
         )
     return scored, left_out
 
@@ -200,7 +203,7 @@ def evaluate_predictions(
         frames: Frame numbers to draw instead, in each sequence that has them.
         progress: Show a bar on stderr.
     Returns: JSON-able dict: `data`, `predictions`, `classes`, `total`, `sequences` {name: scores}, `left_out`
-        {name: reason}, `pictures` [path]; with `rule` also `rule` {`motion`, `total`, `sequences`}. Scores are
+        {name: reason}, `unlabelled_scans` {name: count} of scored sequences, `pictures` [path]; with `rule` also `rule` {`motion`, `total`, `sequences`}. Scores are
         `scans`, `points` (with a label), `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`,
         `static_iou` (movable included), `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`,
         `moving_iou`, `moving_precision`, `moving_recall`}]; shares in 0..1, None where there is nothing to count.
@@ -240,6 +243,9 @@ def evaluate_predictions(
         "classes": ["static", "movable", "moving"] if movable else ["static", "moving"],
         **_scores_of_all(by_prediction, movable),
         "left_out": left_out,
+        "unlabelled_scans": {
+            s.name: len(s.frames) - len(frames) for s, frames in scored if len(s.frames) > len(frames)
+        },
         "pictures": [str(path) for path in drawn],
     }
     if rule:
@@ -324,18 +330,20 @@ def print_report(report: dict, console: Console) -> None:
     table = Table(title="Moving-object segmentation, %")
     table.add_column("sequence", overflow="fold")
     table.add_column("of", no_wrap=True)
-    for heading in ("scans", "moving points", "moving IoU", "precision", "recall", "static IoU"):
+    movable = "movable" in report["classes"]
+    headings = ["scans", "moving points", "moving IoU", "precision", "recall"]
+    headings += ["static + movable IoU", "static IoU", "movable IoU"] if movable else ["static IoU"]
+    for heading in headings:
         table.add_column(heading, justify="right")
-    apart = report["classes"][:-1] if "movable" in report["classes"] else []
-    for name in apart:
-        table.add_column(f"{name} apart" if name == "static" else name, justify="right")
     for name in [*report["sequences"], *(["total"] if several else [])]:
         for source, part in sources.items():
             row = part["total"] if name == "total" else part["sequences"][name]
-            shares = [row[k] for k in ("moving_iou", "moving_precision", "moving_recall", "static_iou")]
-            shares += [row["iou"].get(k) for k in apart]
+            shares = [row[key] for key in ("moving_iou", "moving_precision", "moving_recall", "static_iou")]
+            if movable:
+                apart = row["iou"] if "movable" in row["iou"] else {}  # the rule does not know movable
+                shares += [apart.get("static"), apart.get("movable")]
             counts = f"{row['scans']:,}", f"{row['moving_points']:,}"
-            table.add_row(name, source, *counts, *map(_percent, shares), style="bold" if name == "total" else "")
+            table.add_row(escape(name), source, *counts, *map(_percent, shares), style="bold" * (name == "total"))
     console.print(table)
 
     table = Table(title="Moving IoU by distance, %")
@@ -349,6 +357,7 @@ def print_report(report: dict, console: Console) -> None:
     console.print(table)
 
     lines = [f"not scored: {name} ({reason})" for name, reason in report["left_out"].items()]
+    lines += [f"not scored: {n} scans of {name} that have no labels" for name, n in report["unlabelled_scans"].items()]
     lines += [f"picture: {path}" for path in report["pictures"]]
     if "rule" in report:
         motion = report["rule"]["motion"]

@@ -84,9 +84,17 @@ class DecoupledDistillation(nn.Module):
         temperature: T.
         normaliser: "point", "weight" or "class".
         scale: Factor on the result.
+        floor: Added to the student's probabilities inside TCKD.
     """
 
-    def __init__(self, table: Callable[[int], Table], temperature: float, normaliser: str, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        table: Callable[[int], Table],
+        temperature: float,
+        normaliser: str,
+        scale: float = 1.0,
+        floor: float = 0.0,
+    ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"{type(self).__name__}: temperature must be positive, got {temperature}")

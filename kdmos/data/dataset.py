@@ -67,7 +67,8 @@ class EpochOrder:
 
     def __init__(self, length: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1) -> None:
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
-        self.rank, self.world, self.epoch, self.skip = rank, world, 0, 0
+        self.rank, self.world, self.epoch = rank, world, 0
+        self.resumed = (0, 0)  # in this epoch, so many batches were done before
 
     @property
     def sampler(self) -> EpochOrder:
@@ -87,16 +88,21 @@ class EpochOrder:
     def __len__(self) -> int:
         return math.ceil(len(self._mine()) / self.batch_size)
 
+    @property
+    def done(self) -> int:
+        """Batches of this epoch that come from before the run was resumed."""
+        epoch, batches = self.resumed
+        return batches if epoch == self.epoch else 0
+
     def __iter__(self) -> Iterator[list[int]]:
-        mine, first = self._mine(), self.skip
-        self.skip = 0
-        return iter([mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)][first:])
+        mine = self._mine()
+        return iter([mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)][self.done :])
 
 
 class ResumableLoader(DataLoader):
     """A loader that, resumed in the middle of an epoch, reads only what is left of it.
 
-    Its state is how many batches were handed out; the order itself follows from (seed, epoch).
+    Its state is the epoch and how many batches were handed out; the order itself follows from (seed, epoch).
     """
 
     def __init__(self, dataset: MosDataset, order: EpochOrder, workers: int, pin_memory: bool = False) -> None:
@@ -111,17 +117,16 @@ class ResumableLoader(DataLoader):
         self.order, self.handed_out = order, 0
 
     def __iter__(self) -> Iterator:
-        self.handed_out = self.order.skip
+        self.handed_out = self.order.done
         for batch in super().__iter__():
             self.handed_out += 1
             yield batch
-        self.handed_out = 0
 
     def state_dict(self) -> dict:
-        return {"handed_out": self.handed_out}
+        return {"epoch": self.order.epoch, "handed_out": self.handed_out}
 
     def load_state_dict(self, state: dict) -> None:
-        self.order.skip = state["handed_out"] % len(self.order)
+        self.order.resumed = (state["epoch"], state["handed_out"])
 
 
 def step_seed(seed: int, epoch: int, batch: int, rank: int = 0) -> int:

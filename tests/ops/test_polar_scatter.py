@@ -1,0 +1,164 @@
+"""Largest feature per BEV cell: against a plain loop, ties, padding, gradients, and the dense layout."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kdmos.ops import cells_to_bev, polar_grid, polar_scatter, polar_scatter_bev
+from kdmos.settings import PolarGrid
+
+SMALL = PolarGrid(bins=(5, 6, 3))
+
+
+def looped(features, cell, num_cells):
+    """The definition, one number at a time."""
+    maximum = torch.zeros(num_cells, features.shape[1], dtype=features.dtype)
+    argmax = torch.full((num_cells, features.shape[1]), -1)
+    for point, target in enumerate(cell.tolist()):
+        if 0 <= target < num_cells:
+            for channel, value in enumerate(features[point].tolist()):
+                if argmax[target, channel] < 0 or value > maximum[target, channel]:
+                    maximum[target, channel], argmax[target, channel] = value, point
+    return maximum, argmax
+
+
+def random_points(num_points, channels, num_cells, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_points, channels, generator=generator).to(dtype)
+    return features, torch.randint(0, num_cells, (num_points,), generator=generator)
+
+
+def test_worked_by_hand():
+    features = torch.tensor([[1.0, -5.0], [3.0, -2.0], [3.0, -7.0], [0.0, 4.0]])
+    maximum, argmax = polar_scatter(features, torch.tensor([2, 2, 2, 0]), 4)
+    # cell 2: the largest of negative numbers is negative; equal 3s: the lower point
+    assert maximum.tolist() == [[0, 4], [0, 0], [3, -2], [0, 0]]
+    assert argmax.tolist() == [[3, 3], [-1, -1], [1, 1], [-1, -1]]
+    assert argmax.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_points", "channels", "num_cells"), [(1, 1, 1), (41, 5, 7), (401, 3, 400), (97, 33, 2)])
+def test_equals_the_loop(num_points, channels, num_cells, dtype):
+    features, cell = random_points(num_points, channels, num_cells, dtype=dtype)
+    maximum, argmax = polar_scatter(features, cell, num_cells)
+    expected, point = looped(features, cell, num_cells)
+    assert maximum.dtype == dtype
+    assert torch.equal(maximum, expected)
+    assert torch.equal(argmax, point)
+
+
+def test_ties_go_to_the_lowest_point():
+    features, cell = random_points(500, 4, 20)
+    features = features.round()  # about five different values
+    maximum, argmax = polar_scatter(features, cell, 20)
+    expected, point = looped(features, cell, 20)
+    assert torch.equal(maximum, expected)
+    assert torch.equal(argmax, point)
+
+
+def test_ranks_outside_are_padding():
+    features = torch.tensor([[9.0], [1.0], [9.0], [9.0], [2.0]])
+    maximum, argmax = polar_scatter(features, torch.tensor([-1, 0, 2, 1000, 0]), 2)
+    assert maximum.tolist() == [[2], [0]]
+    assert argmax.tolist() == [[4], [-1]]
+
+
+def test_infinite_features():
+    features = torch.tensor([[-math.inf], [math.inf], [1.0]])
+    maximum, argmax = polar_scatter(features, torch.tensor([0, 1, 1]), 2)
+    assert maximum.tolist() == [[-math.inf], [math.inf]]
+    assert argmax.tolist() == [[0], [1]]
+
+
+@pytest.mark.parametrize(("num_points", "channels", "num_cells"), [(0, 3, 2), (0, 3, 0), (2, 3, 0), (2, 0, 3)])
+def test_nothing_in_or_out(num_points, channels, num_cells):
+    features = torch.zeros(num_points, channels, requires_grad=True)
+    maximum, argmax = polar_scatter(features, torch.zeros(num_points, dtype=torch.int64), num_cells)
+    assert maximum.shape == argmax.shape == (num_cells, channels)
+    assert not maximum.any()
+    assert (argmax == -1).all() or num_points
+    maximum.sum().backward()
+    assert features.grad is None or not features.grad.any()
+
+
+def test_non_contiguous_features():
+    features, cell = random_points(60, 8, 9)
+    expected = polar_scatter(features, cell, 9)
+    for strided in (features.T.contiguous().T, torch.stack([features, features * 2], 2)[..., 0]):
+        assert not strided.is_contiguous()
+        maximum, argmax = polar_scatter(strided, cell, 9)
+        assert torch.equal(maximum, expected[0])
+        assert torch.equal(argmax, expected[1])
+
+
+def test_gradient_goes_to_one_point():
+    features = torch.tensor([[3.0, 1.0], [3.0, 2.0], [9.0, 9.0]], requires_grad=True)
+    maximum, _ = polar_scatter(features, torch.tensor([1, 1, 5]), 2)
+    maximum.backward(torch.tensor([[100.0, 100.0], [0.5, -0.25]]))  # cell 0 is empty
+    # of the two equal 3s only the lower one; the padding none
+    assert features.grad.tolist() == [[0.5, 0], [0, -0.25], [0, 0]]
+
+
+def test_gradcheck():
+    features, cell = random_points(30, 3, 8, dtype=torch.float64)
+    cell[5] = -1
+    features.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: polar_scatter(x, cell, 9)[0], features)
+
+
+def test_argmax_has_no_gradient():
+    features, cell = random_points(10, 2, 3)
+    assert not polar_scatter(features.requires_grad_(), cell, 3)[1].requires_grad
+
+
+def test_refuses_what_does_not_fit():
+    cell = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"polar_scatter: expected features \[N, C\] and cell \[N\], got \[4, 2\]"):
+        polar_scatter(torch.zeros(4, 2), cell, 1)
+    with pytest.raises(ValueError, match="polar_scatter: expected features"):
+        polar_scatter(torch.zeros(3), cell, 1)
+    with pytest.raises(ValueError, match=r"polar_scatter: features must be floating point, got torch\.int64"):
+        polar_scatter(torch.zeros(3, 2, dtype=torch.int64), cell, 1)
+
+
+def test_cells_to_bev_worked_by_hand():
+    # R x A = 5 x 6: cell 8 is ring 1, sector 2 of scan 0; cell 59 the last one of scan 1
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    bev = cells_to_bev(values, torch.tensor([8, 59]), 2, SMALL)
+    assert bev.shape == (2, 3, 5, 6)
+    assert bev.is_contiguous(memory_format=torch.channels_last)
+    assert bev[0, :, 1, 2].tolist() == [1, 2, 3]
+    assert bev[1, :, 4, 5].tolist() == [4, 5, 6]
+    assert bev.count_nonzero() == 6
+
+
+def test_cells_to_bev_without_cells():
+    bev = cells_to_bev(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 2, SMALL)
+    assert bev.shape == (2, 4, 5, 6)
+    assert not bev.any()
+
+
+def test_cells_to_bev_refuses_another_count():
+    with pytest.raises(ValueError, match="cells_to_bev: 3 values but 2 cells"):
+        cells_to_bev(torch.zeros(3, 1), torch.tensor([0, 1]), 1, SMALL)
+
+
+def test_straight_into_the_dense_layout():
+    generator = torch.Generator().manual_seed(1)
+    points = torch.randn(200, 4, generator=generator) * 15
+    features = torch.randn(200, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    gridded = polar_grid(points, torch.tensor([0, 120, 120, 200]), SMALL)  # the middle scan has no point
+    bev = polar_scatter_bev(features, gridded.cell_rank, gridded.cells, 3, SMALL)
+    assert bev.shape == (3, 3, 5, 6)
+    assert not bev[1].any()
+    maximum, _ = polar_scatter(features, gridded.cell_rank, len(gridded.cells))
+    assert torch.equal(bev.permute(0, 2, 3, 1).reshape(-1, 3)[gridded.cells], maximum)
+    assert bev.count_nonzero() == maximum.count_nonzero()
+    weight = torch.randn(bev.shape, generator=generator, dtype=torch.float64)
+    (dense,) = torch.autograd.grad((bev * weight).sum(), features)
+    at_cells = weight.permute(0, 2, 3, 1).reshape(-1, 3)[gridded.cells]
+    (sparse,) = torch.autograd.grad((maximum * at_cells).sum(), features)
+    assert_close(dense, sparse)
