@@ -6,6 +6,7 @@ In order: the data, the model and its losses, what is kept, the run.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -103,12 +104,15 @@ class MosData(L.LightningDataModule):
         self.train_set = MosDataset(train, classes, self.caches, teacher)
         self.valid_set = MosDataset(valid, classes, self.caches)
 
-    def _loader(self, dataset: MosDataset, shuffle: bool) -> ResumableLoader:
+    def order(self, dataset: MosDataset, shuffle: bool) -> EpochOrder:
+        """The batches of this process."""
         size = self.config.batch_size if shuffle else 1
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        order = EpochOrder(len(dataset), size, self.config.seed, shuffle, rank, world)
+        return EpochOrder(len(dataset), size, self.config.seed, shuffle, rank, world)
+
+    def _loader(self, dataset: MosDataset, shuffle: bool) -> ResumableLoader:
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        return ResumableLoader(dataset, order, self.config.data.workers, pin_memory=on_gpu)
+        return ResumableLoader(dataset, self.order(dataset, shuffle), self.config.data.workers, pin_memory=on_gpu)
 
     def train_dataloader(self) -> ResumableLoader:
         return self._loader(self.train_set, shuffle=True)
@@ -222,7 +226,9 @@ class Training(L.LightningModule):
         optimizer = torch.optim.SGD(
             self.student.parameters(), setting.lr, setting.momentum, weight_decay=setting.weight_decay
         )
-        steps = max(1, self.trainer.estimated_stepping_batches // self.config.epochs)  # of one epoch
+        # Not the trainer's own estimate: that would set up the loader before its resumed state is known.
+        batches = len(self.trainer.datamodule.order(self.trainer.datamodule.train_set, shuffle=True))
+        steps = math.ceil(batches / self.config.accumulate)
         factor = learning_rate_factor(steps, setting.warmup_epochs, setting.decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
