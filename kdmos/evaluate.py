@@ -25,7 +25,7 @@ from kdmos.data.labels import CLASSES, to_classes
 from kdmos.data.semantic_kitti import SPLITS, Sequence, find_sequences, read_labels, split_sequences
 from kdmos.errors import InputError
 from kdmos.motion import MotionStream, moving_by_rule
-from kdmos.picture import bev_picture
+from kdmos.picture import bev_picture, need_matplotlib
 from kdmos.settings import MotionSettings
 
 NAMES = CLASSES[4]
@@ -203,16 +203,19 @@ def evaluate_predictions(
         frames: Frame numbers to draw instead, in each sequence that has them.
         progress: Show a bar on stderr.
     Returns: JSON-able dict: `data`, `predictions`, `classes`, `total`, `sequences` {name: scores}, `left_out`
-        {name: reason}, `unlabelled_scans` {name: count} of scored sequences, `pictures` [path]; with `rule` also `rule` {`motion`, `total`, `sequences`}. Scores are
-        `scans`, `points` (with a label), `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`,
-        `static_iou` (movable included), `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`,
-        `moving_iou`, `moving_precision`, `moving_recall`}]; shares in 0..1, None where there is nothing to count.
+        {name: reason}, `unlabelled_scans` {name: count} of the scored sequences, `pictures` [path]; with `rule`
+        also `rule` {`motion`, `total`, `sequences`}. Scores are `scans`, `points` (with a label),
+        `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`, `static_iou` (movable included),
+        `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`, `moving_iou`, `moving_precision`,
+        `moving_recall`}]; shares in 0..1, None where there is nothing to count.
     Raises: InputError naming the file or argument that cannot be used.
     """
     if sequences is not None and split is not None:
         raise InputError("sequences and split exclude each other: give one of them")
     if frames is not None and pictures is None:
-        raise InputError("frames are frames to draw: give a folder for the pictures too")
+        raise InputError("frames says which scans to draw, so it needs pictures, the folder for them")
+    if pictures is not None:
+        need_matplotlib()  # now, not after the counting
     asked = split_sequences(split) if split is not None else sequences
     scored, left_out = find_scored(data, predictions, asked)
     frames = None if frames is None else list(frames)
@@ -243,9 +246,7 @@ def evaluate_predictions(
         "classes": ["static", "movable", "moving"] if movable else ["static", "moving"],
         **_scores_of_all(by_prediction, movable),
         "left_out": left_out,
-        "unlabelled_scans": {
-            s.name: len(s.frames) - len(frames) for s, frames in scored if len(s.frames) > len(frames)
-        },
+        "unlabelled_scans": {s.name: n for s, labelled in scored if (n := len(s.frames) - len(labelled))},
         "pictures": [str(path) for path in drawn],
     }
     if rule:

@@ -42,10 +42,9 @@ def bev_picture(
     Raises: InputError if the lengths differ, the extent is not positive, matplotlib is missing or the file
         cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: always Agg, no window, no state shared with the caller
-    except ImportError:
-        raise InputError("pictures need matplotlib: pip install 'kdmos[train]'") from None
+    need_matplotlib()
+    from matplotlib.figure import Figure  # not pyplot: always Agg, no window, no state shared with the caller
+
     scored = np.ones(len(points), bool) if scored is None else scored
     masks = [np.asarray(mask, bool) for mask in (truth_moving, predicted_moving, scored)]
     if any(mask.shape != (len(points),) for mask in masks):
@@ -65,7 +64,7 @@ def bev_picture(
         errors.append(("no truth", NO_TRUTH, predicted & ~scored))
 
     figure = Figure(figsize=(14.1, 5.7), facecolor=PAGE, dpi=130)
-    figure.suptitle(title, color=TEXT, fontsize=14, y=0.98)
+    figure.suptitle(title, color=TEXT, fontsize=14, y=0.98, parse_math=False)  # a name may hold "$"
     left, middle, right = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.005, right=0.995, bottom=0.07, top=0.885, wspace=0.015)
     _panel(left, "truth", points, scored, [("moving", MOVING, truth)], extent)
@@ -74,6 +73,14 @@ def bev_picture(
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_atomic(path, picture.getvalue())
+
+
+def need_matplotlib() -> None:
+    """Raise InputError if matplotlib is missing: for a command to say so before its work, not after."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install 'kdmos[train]'") from None
 
 
 def _panel(axes, name: str, points: np.ndarray, bright: np.ndarray, groups: list, extent: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -66,13 +66,20 @@ def save_student(path: str | Path, student: Student, **about) -> None:
     checkpoint.save(path, student.state_dict(), {"model": settings.pop("name"), **settings, **about})
 
 
-def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
+def load_student(
+    path: str | Path, device: str | torch.device = "cpu", lookahead: int | None = None, force: bool = False
+) -> Student:
     """A student from our `.safetensors` or from the authors' `.pt`, in eval mode.
 
     `student.header` holds all that the file says about itself (empty for the authors' files, whose classes, K and
     upsampler are read off the tensors, and for which the published grid and look-ahead are assumed).
 
-    Raises: InputError naming the file and what does not fit.
+    Args:
+        path: The file.
+        device: Where the student goes.
+        lookahead: Future scans to use, if not the ones it was trained with.
+        force: Allow another look-ahead than the trained one.
+    Raises: InputError naming the file and what does not fit, or another look-ahead without `force`.
     """
     weights, header = checkpoint.load(path)
     if published.is_published(weights):
@@ -81,6 +88,17 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
         settings = _settings_of(header, path)
     else:
         raise InputError(f"{path}: not a student: neither a kdmos header nor the authors' KDMOS / MotionBEV layers")
+    trained = settings.motion.lookahead
+    if lookahead is not None and lookahead != trained:
+        if not force:
+            raise InputError(
+                f"{path}: was trained with a look-ahead of {trained} scans, not {lookahead}; its accuracy holds for "
+                "that alone (force it with force=True, --force)"
+            )
+        try:
+            settings = replace(settings, motion=replace(settings.motion, lookahead=lookahead))
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
     student = Student(settings)
     missing, unexpected, shapes = _compare(student.state_dict(), weights)
     if missing or unexpected or shapes:

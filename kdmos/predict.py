@@ -1,0 +1,254 @@
+"""`kdmos predict`: one label per point for every scan of a data set, in the layout the SemanticKITTI tools read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+import zipfile
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from rich.progress import Progress
+
+from kdmos.checkpoint import write_atomic
+from kdmos.command import run
+from kdmos.data.labels import to_raw
+from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
+from kdmos.errors import InputError
+from kdmos.models import Student, load_student
+from kdmos.motion import MotionStream
+
+MANIFEST = "predict.json"
+
+
+class ScanResult(NamedTuple):
+    """What the student says of one scan, one row per point of the file.
+
+    predicted: int64 [n], class index; -1 for a non-finite point.
+    moving_probability: float32 [n]; 0 for a non-finite point.
+    """
+
+    predicted: np.ndarray
+    moving_probability: np.ndarray
+
+
+@torch.inference_mode()
+def predict_sequence(
+    student: Student, sequence: Sequence, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
+) -> Iterator[tuple[int, ScanResult | InputError | None]]:
+    """Classes of every point of a sequence, scan by scan in frame order.
+
+    A scan that cannot be read yields its error and counts as empty in the motion windows of the others.
+
+    Args:
+        student: In eval mode, on `device`.
+        sequence: With poses.
+        device: Where the ops and the network run.
+        skip: Frames whose answer is not needed; None is yielded for them.
+    Yields: (frame, result or error).
+    Raises: InputError if the poses are missing or wrong.
+    """
+    poses, stream = sequence.poses(), MotionStream(student.settings.motion)
+    waiting: deque[tuple[int, torch.Tensor, np.ndarray | InputError]] = deque()
+
+    def answer(residual: torch.Tensor) -> tuple[int, ScanResult | InputError | None]:
+        frame, points, finite = waiting.popleft()
+        if isinstance(finite, InputError) or frame in skip:
+            return frame, finite if isinstance(finite, InputError) else None
+        offsets = torch.tensor([0, len(points)], device=points.device)
+        logits = student(points, offsets, residual).point_logits.float()
+        predicted = np.full(len(finite), -1, np.int64)
+        probability = np.zeros(len(finite), np.float32)
+        predicted[finite] = logits.argmax(1).cpu().numpy()
+        probability[finite] = logits.softmax(1)[:, student.moving].cpu().numpy()
+        return frame, ScanResult(predicted, probability)
+
+    for frame, pose in zip(sequence.frames, poses):
+        try:
+            points = sequence.read_points(frame)
+            finite = np.isfinite(points).all(1)
+        except InputError as error:
+            points, finite = np.zeros((0, 4), np.float32), error
+        else:
+            points = points if finite.all() else points[finite]
+        points = torch.from_numpy(points).to(device)
+        waiting.append((frame, points, finite))
+        residual = stream.push(points, pose)
+        if residual is not None:
+            yield answer(residual)
+    for residual in stream.flush():
+        yield answer(residual)
+
+
+def prediction_path(output: Path, sequence: Sequence, frame: int) -> Path:
+    """Where the label file of a scan belongs, below an output folder."""
+    folder = output / "sequences" / sequence.name / "predictions"
+    return folder / sequence.points_path(frame).with_suffix(".label").name
+
+
+def predict_data(
+    student: Student,
+    sequences: list[Sequence],
+    output: Path,
+    device: torch.device | str = "cpu",
+    classes: int = 2,
+    scores: bool = False,
+    manifest: dict | None = None,
+) -> tuple[int, list[str]]:
+    """Write the predictions of all scans; what an interrupted run has written is kept.
+
+    Args:
+        student: In eval mode, on `device`.
+        sequences: What to predict.
+        output: Gets sequences/<name>/predictions/<frame>.label and, if asked for, <frame>.score.
+        device: Where the ops and the network run.
+        classes: 2 writes raw ids 9 and 251; 4 writes 250 for movable too.
+        scores: Also write the moving probability, float16 per point.
+        manifest: What the predictions depend on; another one in `output` is an error.
+    Returns: scans that have predictions now, and one line for each scan that could not be used.
+    Raises: InputError if `output` holds other predictions, poses are missing, or the disk is full.
+    """
+    _check_manifest(output / MANIFEST, manifest)
+    done, lost = 0, []
+    total = sum(len(sequence.frames) for sequence in sequences)
+    with Progress(disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("predict", total=total)
+        for sequence in sequences:
+            if sequence.gaps:
+                warnings.warn(f"sequence {sequence.name} lacks {len(sequence.gaps)} frames", stacklevel=2)
+            there = frozenset(f for f in sequence.frames if _complete(output, sequence, f, scores))
+            if len(there) == len(sequence.frames):  # no need to look at it
+                done += len(there)
+                progress.advance(task, len(there))
+                continue
+            non_finite = 0
+            for frame, result in predict_sequence(student, sequence, device, there):
+                progress.advance(task)
+                if isinstance(result, InputError):
+                    lost.append(f"{sequence.scan(frame)}: {result}")
+                    continue
+                done += 1
+                if result is None:
+                    continue
+                non_finite += int((result.predicted < 0).sum())
+                path = prediction_path(output, sequence, frame)
+                if scores:  # first, so that a label file means that all is there
+                    write_atomic(path.with_suffix(".score"), result.moving_probability.astype("<f2").tobytes())
+                named = np.where(result.predicted < 0, student.classes.index("static"), result.predicted)
+                write_atomic(path, to_raw(named, student.classes, classes).astype("<u4").tobytes(), durable=False)
+            if non_finite:
+                warnings.warn(f"sequence {sequence.name}: {non_finite} non-finite points were labelled 9", stacklevel=2)
+    return done, lost
+
+
+def _complete(output: Path, sequence: Sequence, frame: int, scores: bool) -> bool:
+    path, scan = prediction_path(output, sequence, frame), sequence.points_path(frame)
+    num_points = scan.stat().st_size // 16
+    sizes = [(path, 4)] + ([(path.with_suffix(".score"), 2)] if scores else [])
+    return all(file.is_file() and file.stat().st_size == width * num_points for file, width in sizes)
+
+
+def _check_manifest(path: Path, manifest: dict | None) -> None:
+    if manifest is None:
+        return
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON; delete {path.parent} or choose another --output") from error
+        changed = [key for key in manifest if before.get(key) != manifest[key]]
+        if changed:
+            raise InputError(
+                f"{path.parent}: holds predictions with another {', '.join(changed)}; choose another --output"
+            )
+    write_atomic(path, json.dumps(manifest, indent=2).encode())
+
+
+def zip_predictions(output: Path, sequences: list[Sequence]) -> Path:
+    """Pack the label files for the benchmark server: sequences/NN/predictions/NNNNNN.label in `output`.zip."""
+    target = output.with_name(f"{output.name}.zip")
+    temporary = target.with_name(f".{target.name}.part")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for sequence in sequences:
+            for frame in sequence.frames:
+                path = prediction_path(output, sequence, frame)
+                if path.exists():
+                    archive.write(path, path.relative_to(output))
+    temporary.replace(target)
+    return target
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the GPU if torch can use one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def predict(
+    source: Annotated[Path, typer.Argument(help="SemanticKITTI data root, or one sequence folder with velodyne/.")],
+    checkpoint: Annotated[Path, typer.Option(help="A student: .safetensors, or the authors' .pt.")],
+    output: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
+    sequences: Annotated[str | None, typer.Option(help="Names, e.g. 11,12; all by default.")] = None,
+    split: Annotated[str | None, typer.Option(help="train, valid or test instead of names.")] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="Also write the moving probability, float16.")] = False,
+    classes: Annotated[int, typer.Option(help="2: write 9 and 251; 4: also 250 for movable.")] = 2,
+    zip: Annotated[bool, typer.Option("--zip", help="Also pack the labels for the benchmark server.")] = False,
+    lookahead: Annotated[
+        int | None, typer.Option(help="Future scans to use, if not what the checkpoint was trained with.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Allow another look-ahead than the trained one.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> int:
+    """Write one label per point for every scan.
+
+    Needs poses.txt and calib.txt in each sequence folder. A scan that cannot be used is listed and the rest goes
+    on; the exit code is then 1. The same command goes on where it was interrupted.
+    """
+    if classes not in (2, 4):
+        raise InputError(f"--classes {classes}: 2 (9, 251) or 4 (also 250 for movable)")
+    if split and sequences:
+        raise InputError("--split and --sequences exclude each other")
+    names = split_sequences(split) if split else sequences.split(",") if sequences else None
+    found = find_sequences(source, names)
+    for sequence in found:
+        sequence.poses()  # all that can be wrong with them, before the first scan
+    where = choose_device(device)
+    student = load_student(checkpoint, where, lookahead=lookahead, force=force)
+    if classes == 4 and "movable" not in student.classes:
+        raise InputError(f"--classes 4: {checkpoint} knows only {', '.join(student.classes)}")
+    motion = student.settings.motion
+    manifest = {
+        "source": str(source.resolve()),
+        "checkpoint": hashlib.blake2b(checkpoint.read_bytes(), digest_size=16).hexdigest(),
+        "classes": classes,
+        "form": motion.form,
+        "lookahead": motion.lookahead,
+    }
+    done, lost = predict_data(student, found, output, where, classes, scores, manifest)
+    print(f"{done} scans labelled in {output} ({motion.form} motion channels, look-ahead {motion.lookahead} scans)")
+    if zip:
+        print(f"{zip_predictions(output, found)}: ready for submission")
+    for line in lost:
+        print(f"not labelled: {line}", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(predict, "predict", argv)
+
+
+if __name__ == "__main__":
+    main()
