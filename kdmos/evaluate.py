@@ -22,7 +22,7 @@ from rich.table import Table
 from kdmos import metrics
 from kdmos.command import run
 from kdmos.data.labels import CLASSES, to_classes
-from kdmos.data.semantic_kitti import SPLITS, Sequence, find_sequences, read_labels, split_sequences
+from kdmos.data.semantic_kitti import MANIFEST, SPLITS, Sequence, find_sequences, read_labels, split_sequences
 from kdmos.errors import InputError
 from kdmos.motion import MotionStream, moving_by_rule
 from kdmos.picture import bev_picture, need_matplotlib
@@ -55,7 +55,7 @@ def find_scored(
         raise InputError(f"{predictions}: no such folder; kdmos predict writes it")
     scored, left_out = [], {}
     for sequence in find_sequences(data, asked):
-        labelled, folder = _labelled_frames(sequence), prediction_path(predictions, sequence, 0).parent
+        labelled, folder = _labelled_frames(sequence), sequence.prediction_path(predictions, 0).parent
         if not labelled:
             left_out[sequence.name] = f"{sequence.folder / 'labels'}: no labels to score against"
         elif not folder.is_dir():
@@ -75,9 +75,18 @@ def find_scored(
     return scored, left_out
 
 
-def prediction_path(predictions: str | Path, sequence: Sequence, frame: int) -> Path:
-    name = f"{frame:0{sequence.width}d}.label"
-    return Path(predictions) / "sequences" / sequence.name / "predictions" / name
+def read_manifest(predictions: str | Path) -> dict | None:
+    """What the predictions were made with, None if their maker did not say."""
+    path = Path(predictions) / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: not a JSON object; predict again, or delete it if these are no kdmos predictions")
+    return manifest
 
 
 def _labelled_frames(sequence: Sequence) -> list[int]:
@@ -92,10 +101,10 @@ def _check_complete(sequence: Sequence, labelled: list[int], predictions: str | 
             f"{sequence.points_path(lost[0])}: no such scan, but {sequence.folder / 'labels'} has labels for it "
             f"({len(lost)} of {len(labelled)} label files are without a scan)"
         )
-    missing = [frame for frame in labelled if not prediction_path(predictions, sequence, frame).exists()]
+    missing = [frame for frame in labelled if not sequence.prediction_path(predictions, frame).exists()]
     if missing:
         raise InputError(
-            f"{prediction_path(predictions, sequence, missing[0])}: no prediction for labelled scan "
+            f"{sequence.prediction_path(predictions, missing[0])}: no prediction for labelled scan "
             f"{sequence.scan(missing[0])} ({len(missing)} of {len(labelled)} are missing); predict the whole sequence"
         )
 
@@ -162,7 +171,7 @@ def read_scan(
     sequence: Sequence, frame: int, predictions: str | Path, num_points: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """True and predicted class of each point, uint8 [n], indices into `NAMES`."""
-    path, labels_path = prediction_path(predictions, sequence, frame), sequence.labels_path(frame)
+    path, labels_path = sequence.prediction_path(predictions, frame), sequence.labels_path(frame)
     truth = to_classes(sequence.read_labels(frame, num_points), NAMES, labels_path)
     return truth, to_classes(read_labels(path, num_points), NAMES, path)
 
@@ -202,12 +211,13 @@ def evaluate_predictions(
         pictures: Folder for a picture per sequence, of the scan with most moving points.
         frames: Frame numbers to draw instead, in each sequence that has them.
         progress: Show a bar on stderr.
-    Returns: JSON-able dict: `data`, `predictions`, `classes`, `total`, `sequences` {name: scores}, `left_out`
-        {name: reason}, `unlabelled_scans` {name: count} of the scored sequences, `pictures` [path]; with `rule`
-        also `rule` {`motion`, `total`, `sequences`}. Scores are `scans`, `points` (with a label),
-        `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`, `static_iou` (movable included),
-        `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`, `moving_iou`, `moving_precision`,
-        `moving_recall`}]; shares in 0..1, None where there is nothing to count.
+    Returns: JSON-able dict: `data`, `predictions`, `made_with` (what kdmos predict noted: look-ahead and so on, or
+        None), `classes`, `total`, `sequences` {name: scores}, `left_out` {name: reason}, `unlabelled_scans`
+        {name: count} of the scored sequences, `pictures` [path]; with `rule` also `rule` {`motion`, `total`,
+        `sequences`}. Scores are `scans`, `points` (with a label), `moving_points`, `moving_iou`,
+        `moving_precision`, `moving_recall`, `static_iou` (movable included), `iou` {class: IoU}, `by_range`
+        [{`metres`, `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`}]; shares in 0..1, None
+        where there is nothing to count.
     Raises: InputError naming the file or argument that cannot be used.
     """
     if sequences is not None and split is not None:
@@ -219,6 +229,7 @@ def evaluate_predictions(
     asked = split_sequences(split) if split is not None else sequences
     scored, left_out = find_scored(data, predictions, asked)
     frames = None if frames is None else list(frames)
+    made_with = read_manifest(predictions)
     nowhere = set(frames or ()).difference(*(labelled for _, labelled in scored))
     if nowhere:
         raise InputError(f"frame {min(nowhere)}: no scored sequence has labels for it, so it cannot be drawn")
@@ -243,6 +254,7 @@ def evaluate_predictions(
     report = {
         "data": str(data),
         "predictions": str(predictions),
+        "made_with": made_with,
         "classes": ["static", "movable", "moving"] if movable else ["static", "moving"],
         **_scores_of_all(by_prediction, movable),
         "left_out": left_out,
@@ -357,7 +369,10 @@ def print_report(report: dict, console: Console) -> None:
         table.add_row(source, *(_percent(ring["moving_iou"]) for ring in part["total"]["by_range"]))
     console.print(table)
 
-    lines = [f"not scored: {name} ({reason})" for name, reason in report["left_out"].items()]
+    lines = []
+    if report["made_with"]:
+        lines.append("predictions: " + ", ".join(f"{key} {value}" for key, value in report["made_with"].items()))
+    lines += [f"not scored: {name} ({reason})" for name, reason in report["left_out"].items()]
     lines += [f"not scored: {n} scans of {name} that have no labels" for name, n in report["unlabelled_scans"].items()]
     lines += [f"picture: {path}" for path in report["pictures"]]
     if "rule" in report:

@@ -20,12 +20,10 @@ from rich.progress import Progress
 from kdmos.checkpoint import write_atomic
 from kdmos.command import run
 from kdmos.data.labels import to_raw
-from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
+from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, find_sequences, split_sequences
 from kdmos.errors import InputError
 from kdmos.models import Student, load_student
 from kdmos.motion import MotionStream
-
-MANIFEST = "predict.json"
 
 
 class ScanResult(NamedTuple):
@@ -87,12 +85,6 @@ def predict_sequence(
         yield answer(residual)
 
 
-def prediction_path(output: Path, sequence: Sequence, frame: int) -> Path:
-    """Where the label file of a scan belongs, below an output folder."""
-    folder = output / "sequences" / sequence.name / "predictions"
-    return folder / sequence.points_path(frame).with_suffix(".label").name
-
-
 def predict_data(
     student: Student,
     sequences: list[Sequence],
@@ -138,7 +130,7 @@ def predict_data(
                 if result is None:
                     continue
                 non_finite += int((result.predicted < 0).sum())
-                path = prediction_path(output, sequence, frame)
+                path = sequence.prediction_path(output, frame)
                 if scores:  # first, so that a label file means that all is there
                     write_atomic(path.with_suffix(".score"), result.moving_probability.astype("<f2").tobytes())
                 named = np.where(result.predicted < 0, student.classes.index("static"), result.predicted)
@@ -149,8 +141,8 @@ def predict_data(
 
 
 def _complete(output: Path, sequence: Sequence, frame: int, scores: bool) -> bool:
-    path, scan = prediction_path(output, sequence, frame), sequence.points_path(frame)
-    num_points = scan.stat().st_size // 16
+    path, scan = sequence.prediction_path(output, frame), sequence.points_path(frame)
+    num_points = scan.stat().st_size // POINT_BYTES
     sizes = [(path, 4)] + ([(path.with_suffix(".score"), 2)] if scores else [])
     return all(file.is_file() and file.stat().st_size == width * num_points for file, width in sizes)
 
@@ -178,7 +170,7 @@ def zip_predictions(output: Path, sequences: list[Sequence]) -> Path:
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for sequence in sequences:
             for frame in sequence.frames:
-                path = prediction_path(output, sequence, frame)
+                path = sequence.prediction_path(output, frame)
                 if path.exists():
                     archive.write(path, path.relative_to(output))
     temporary.replace(target)

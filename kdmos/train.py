@@ -48,9 +48,8 @@ STATE, BEST, LAST = "state.ckpt", "best.safetensors", "last.safetensors"
 def find_training_sequences(config: Config) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to train and to validate on, as `config.data` asks for them."""
     data = config.data
-    there = find_sequences(data.root)
-    if len(there) == 1 and there[0].folder == Path(os.path.abspath(data.root.expanduser())):
-        train = valid = there  # one bare sequence folder
+    if (data.root / "velodyne").is_dir():  # one bare sequence folder
+        train, valid = find_sequences(data.root, data.train), find_sequences(data.root, data.valid)
     else:
         train = find_sequences(data.root, data.train or split_sequences("train", data.kitti_road))
         valid = find_sequences(data.root, data.valid or split_sequences("valid", data.kitti_road))

@@ -27,6 +27,7 @@ ROAD_SPLITS: dict[str, tuple[str, ...]] = {
     "valid": ("35", "36", "37", "38", "39", "41"),
 }
 
+MANIFEST = "predict.json"  # beside predictions: what they were made with
 POINT_BYTES = 16  # x, y, z, remission as float32
 # Remission is 0..1 by convention and 0..0.99 in KITTI; converters of other sensors overshoot a little. In a file
 # with another number of columns the 4th value read is mostly a coordinate: in real ones over 90 % of them lie
@@ -256,6 +257,10 @@ class Sequence:
 
     def labels_path(self, frame: int) -> Path:
         return self.folder / "labels" / f"{frame:0{self.width}d}.label"
+
+    def prediction_path(self, predictions: str | Path, frame: int) -> Path:
+        """Where the label file of a frame lies below a folder of predictions: the benchmark server's layout."""
+        return Path(predictions) / "sequences" / self.name / "predictions" / f"{frame:0{self.width}d}.label"
 
     def read_points(self, frame: int) -> np.ndarray:
         """Points float32 [n, 4] of a frame; see `read_points`."""
