@@ -85,6 +85,7 @@ class DecoupledDistillation(nn.Module):
         normaliser: "point", "weight" or "class".
         scale: Factor on the result.
         floor: Added to the student's probabilities inside TCKD.
+        uses_nckd: Whether any class has a non-target part, which two classes do not allow.
     """
 
     def __init__(
@@ -94,12 +95,13 @@ class DecoupledDistillation(nn.Module):
         normaliser: str,
         scale: float = 1.0,
         floor: float = 0.0,
+        uses_nckd: bool = True,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"{type(self).__name__}: temperature must be positive, got {temperature}")
         self.table, self.temperature, self.normaliser = table, temperature, normaliser
-        self.scale, self.floor = scale, floor
+        self.scale, self.floor, self.uses_nckd = scale, floor, uses_nckd
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, scan_offsets: Tensor | None = None
@@ -111,13 +113,13 @@ class DecoupledDistillation(nn.Module):
         Returns: Scalar.
         Raises: ValueError for two classes where NCKD is asked for.
         """
-        table = self.table(student_logits.shape[1])
-        if student_logits.shape[1] == 2 and any(table.nckd):
+        num_classes = student_logits.shape[1]
+        if num_classes == 2 and self.uses_nckd:
             raise ValueError(
                 f"{type(self).__name__}: with two classes the non-target part is a distribution over one class "
                 "and NCKD is 0 whatever the teacher says; distil models of three or more classes, or use KD"
             )
-        tables = (student_logits.new_tensor(values) for values in table)
+        tables = (student_logits.new_tensor(values) for values in self.table(num_classes))
         loss = ops.wdcd_loss(
             student_logits,
             teacher_logits,
@@ -186,7 +188,8 @@ class WDCD(DecoupledDistillation):
             return Table(tuple(tckd), tuple(beta * part[1] for part in parts), tuple(weight))
 
         floor = 1e-8 if variant == "authors" else 0.0
-        super().__init__(table, temperature, WDCD_NORMALISERS[variant], floor=floor)
+        uses_nckd = beta != 0 and (moving_parts[1] or other_parts[1])
+        super().__init__(table, temperature, WDCD_NORMALISERS[variant], floor=floor, uses_nckd=uses_nckd)
 
 
 class DKD(DecoupledDistillation):
@@ -200,7 +203,7 @@ class DKD(DecoupledDistillation):
             weight = tuple(0.0 if c == ignore_index else 1.0 for c in range(num_classes))
             return Table((alpha,) * num_classes, (beta,) * num_classes, weight)
 
-        super().__init__(table, temperature, "point", scale=temperature**2)
+        super().__init__(table, temperature, "point", scale=temperature**2, uses_nckd=beta != 0)
 
 
 def labelled_mean(values: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

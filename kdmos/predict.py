@@ -22,7 +22,7 @@ from kdmos.command import run
 from kdmos.data.labels import to_raw
 from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, find_sequences, split_sequences
 from kdmos.errors import InputError
-from kdmos.models import Student, load_student
+from kdmos.models import Rule, Student, load_student
 from kdmos.motion import MotionStream
 
 
@@ -39,7 +39,7 @@ class ScanResult(NamedTuple):
 
 @torch.inference_mode()
 def predict_sequence(
-    student: Student, sequence: Sequence, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
+    student: Student | Rule, sequence: Sequence, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
 ) -> Iterator[tuple[int, ScanResult | InputError | None]]:
     """Classes of every point of a sequence, scan by scan in frame order.
 
@@ -86,7 +86,7 @@ def predict_sequence(
 
 
 def predict_data(
-    student: Student,
+    student: Student | Rule,
     sequences: list[Sequence],
     output: Path,
     device: torch.device | str = "cpu",
@@ -177,6 +177,12 @@ def zip_predictions(output: Path, sequences: list[Sequence]) -> Path:
     return target
 
 
+def _fingerprint(checkpoint: Path) -> str:
+    if not checkpoint.is_file():
+        return str(checkpoint)  # one that load_student knows by name
+    return hashlib.blake2b(checkpoint.read_bytes(), digest_size=16).hexdigest()
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is the GPU if torch can use one, else the CPU."""
     if name == "auto":
@@ -191,7 +197,9 @@ def choose_device(name: str) -> torch.device:
 
 def predict(
     source: Annotated[Path, typer.Argument(help="SemanticKITTI data root, or one sequence folder with velodyne/.")],
-    checkpoint: Annotated[Path, typer.Option(help="A student: .safetensors, or the authors' .pt.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="A student: .safetensors, the authors' .pt, or rule (training-free).")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
     sequences: Annotated[str | None, typer.Option(help="Names, e.g. 11,12; all by default.")] = None,
     split: Annotated[str | None, typer.Option(help="train, valid or test instead of names.")] = None,
@@ -224,7 +232,7 @@ def predict(
     motion = student.settings.motion
     manifest = {
         "source": str(source.resolve()),
-        "checkpoint": hashlib.blake2b(checkpoint.read_bytes(), digest_size=16).hexdigest(),
+        "checkpoint": _fingerprint(checkpoint),
         "classes": classes,
         "form": motion.form,
         "lookahead": motion.lookahead,

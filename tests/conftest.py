@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 TESTS = Path(__file__).parent
@@ -37,3 +38,28 @@ def golden():
 def realdata():
     """realdata("kitti-raw-0005-a") -> path of a real sequence or file."""
     return lambda name: shared_file(f"realdata/{name}")
+
+
+@pytest.fixture(scope="session")
+def write_sequence(golden):
+    """write_sequence(folder) -> folder: the goldens' synthetic sequence of 14 scans in SemanticKITTI's layout."""
+    content = np.load(golden("a1_residual.npz"))
+    ends = np.cumsum(content["n_points"])[:-1]
+    scans, labels = np.split(content["scans"], ends), np.split(content["labels"], ends)
+
+    def write(folder: Path, frames: int = 14) -> Path:
+        for name, suffix, columns in (("velodyne", "bin", scans), ("labels", "label", labels)):
+            (folder / name).mkdir(parents=True)
+            for frame in range(frames):
+                columns[frame].tofile(folder / name / f"{frame:06d}.{suffix}")
+        (folder / "poses.txt").write_bytes(content["poses_txt"].tobytes())
+        (folder / "calib.txt").write_bytes(content["calib_txt"].tobytes())
+        return folder
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """No test touches the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

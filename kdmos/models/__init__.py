@@ -12,11 +12,13 @@ from kdmos.data.labels import CLASSES
 from kdmos.errors import InputError
 from kdmos.models import published
 from kdmos.models.blocks import DySample
+from kdmos.models.rule import Rule
 from kdmos.models.student import Student, StudentOutput
 from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings
 
 __all__ = [
     "DySample",
+    "Rule",
     "Student",
     "StudentOutput",
     "StudentSettings",
@@ -68,8 +70,8 @@ def save_student(path: str | Path, student: Student, **about) -> None:
 
 def load_student(
     path: str | Path, device: str | torch.device = "cpu", lookahead: int | None = None, force: bool = False
-) -> Student:
-    """A student from our `.safetensors` or from the authors' `.pt`, in eval mode.
+) -> Student | Rule:
+    """A student from our `.safetensors` or from the authors' `.pt`, in eval mode; "rule" is the training-free rule.
 
     `student.header` holds all that the file says about itself (empty for the authors' files, whose classes, K and
     upsampler are read off the tensors, and for which the published grid and look-ahead are assumed).
@@ -81,6 +83,10 @@ def load_student(
         force: Allow another look-ahead than the trained one.
     Raises: InputError naming the file and what does not fit, or another look-ahead without `force`.
     """
+    if str(path) == "rule":
+        if lookahead not in (None, Rule().settings.motion.lookahead):
+            raise InputError("rule: needs all its channels and so its whole look-ahead of 7 scans")
+        return Rule().to(device).eval()
     weights, header = checkpoint.load(path)
     if published.is_published(weights):
         weights, settings = published.convert(weights, str(path))

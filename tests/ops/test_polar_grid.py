@@ -50,7 +50,6 @@ def test_a_batch_is_its_scans_one_after_another(goldens):
     scans = [goldens[7][0][:500], goldens[11][0][:0], goldens[11][0][:700]]  # the middle one has no point
     grid = PolarGrid()
     batch = polar_grid(torch.cat(scans), torch.tensor([0, 500, 500, 1200]), grid)
-    assert_close(batch.cell_rank.max() + 1, torch.tensor(len(batch.cells)))
     start, num_cells = 0, grid.bins[0] * grid.bins[1]
     for b, points in enumerate(scans):
         rows = slice(start, start + len(points))
@@ -75,7 +74,7 @@ def test_a_batch_is_its_scans_one_after_another(goldens):
         ((3.0, 0.5, 0.0), (3, 2, 0)),
         ((3.0, 0.0, 0.5), (3, 2, 0)),
         ((1.5, 0.1, 1.0), (1, 2, 1)),
-        ((1.5, 0.1, math.nextafter(1.0, 0.0, steps=2**30)), (1, 2, 0)),
+        ((1.5, 0.1, 1 - 2**-24), (1, 2, 0)),
         # straight behind: the last sector holds nothing but phi = pi; the sign of y's zero decides
         ((-1.5, 0.0, 0.5), (1, 4, 0)),
         ((-1.5, -0.0, 0.5), (1, 0, 0)),

@@ -1,0 +1,199 @@
+"""Training as a user runs it: loss goes down, a killed run resumes to the same weights, what is wrong is said."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from kdmos import train
+from kdmos.config import load_config
+from kdmos.data.semantic_kitti import find_sequences
+from kdmos.data.teacher_logits import TeacherLogits
+from kdmos.errors import InputError
+from kdmos.models import load_student
+
+SMALL = ["student.grid.bins=[48,32,8]", "batch_size=2", "epochs=2", "optimizer.warmup_epochs=0.5", "save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_sequence):
+    """One bare sequence folder of 10 scans."""
+    return write_sequence(tmp_path_factory.mktemp("data") / "00", frames=10)
+
+
+def config(data: Path, output: Path, *more: str):
+    return load_config(None, [*SMALL, f"data.root={data}", f"output={output}", "data.workers=0", *more])
+
+
+def weights(output: Path) -> dict:
+    return torch.load(output / train.STATE, weights_only=True)["state_dict"]
+
+
+def assert_same_weights(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train.fit(config(data, output))
+    return output
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted, data):
+    student = load_student(uninterrupted / train.LAST)
+    about = student.header
+    assert about["training_data"] == ["00"]
+    assert about["seed"] == 0
+    assert about["epoch"] == 2 and about["step"] == 10
+    assert set(about["metrics"]) >= {"moving_iou", "rule_moving_iou", "iou_static"}
+    low, high = about["sensor"]["remission"]
+    scans = [sequence.read_points(frame) for sequence in find_sequences(data) for frame in sequence.frames]
+    assert low == min(scan[:, 3].min() for scan in scans) and high == max(scan[:, 3].max() for scan in scans)
+    saved = yaml.safe_load((uninterrupted / "config.yaml").read_text())
+    assert saved["seed"] == 0 and saved["student"]["grid"]["bins"] == [48, 32, 8]
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+    assert load_student(uninterrupted / train.BEST).settings == student.settings
+    assert not list(uninterrupted.glob(".*.part"))
+
+
+DIES = """
+import os, signal, sys
+from kdmos import train
+from kdmos.config import load_config
+
+step, at = train.Training.training_step, eval(sys.argv[1])
+
+def dying_step(self, batch, index):
+    if (self.current_epoch, index) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, index)
+
+train.Training.training_step = dying_step
+train.fit(load_config(None, sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("at", ["(0, 3)", "(1, 0)", "(1, 4)"])
+def test_killed_in_mid_epoch_and_resumed_is_the_uninterrupted_run(at, data, tmp_path, uninterrupted):
+    settings = [*SMALL, f"data.root={data}", f"output={tmp_path / 'run'}", "data.workers=2"]
+    killed = subprocess.run([sys.executable, "-c", DIES, at, *settings], capture_output=True, env=os.environ)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    before = torch.load(tmp_path / "run" / train.STATE, weights_only=True)["global_step"]
+    assert 0 < before < 10
+    train.fit(load_config(None, settings), resume=True)
+    assert_same_weights(weights(tmp_path / "run"), weights(uninterrupted))
+
+
+def test_accumulated_steps_and_a_resumed_longer_run(data, tmp_path):
+    more = ("accumulate=2", "augment.flip=false")
+    train.fit(config(data, tmp_path / "run", *more))
+    train.fit(config(data, tmp_path / "run", *more, "epochs=3"), resume=True)
+    train.fit(config(data, tmp_path / "whole", *more, "epochs=3"))
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert torch.load(tmp_path / "run" / train.STATE, weights_only=True)["global_step"] == 9  # 3 of 5 batches an epoch
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(uninterrupted, data):
+    with pytest.raises(InputError, match="already holds a run; add --resume"):
+        train.fit(config(data, uninterrupted))
+    with pytest.raises(InputError, match="had another optimizer"):
+        train.fit(config(data, uninterrupted, "optimizer.lr=0.5"), resume=True)
+
+
+@pytest.mark.parametrize("loss", ["wdcd", "dkd", "kd", "logit_std_kd", "ofa"])
+def test_distillation_reads_the_store(loss, data, tmp_path):
+    (sequence,) = find_sequences(data)
+    store = TeacherLogits(tmp_path / "logits", "oracle")
+    rng = np.random.default_rng(0)
+    for frame in sequence.frames:
+        logits = rng.normal(size=(len(sequence.read_points(frame)), 4))
+        store.write(sequence.scan(frame), sequence.points_path(frame), logits, {})
+    settings = [f"distill.logits={tmp_path / 'logits'}", "distill.teacher=oracle", f"distill.loss={loss}", "epochs=1"]
+    module = train.fit(config(data, tmp_path / "run", *settings))
+    assert module.trainer.callback_metrics["train/distillation"] > 0
+    store.path(sequence.scan(3)).unlink()
+    with pytest.raises(InputError, match=r"000003\.safetensors: no logits of teacher 'oracle'"):
+        train.fit(config(data, tmp_path / "other", *settings))
+
+
+def test_two_classes_train_without_an_unlabeled_one_and_refuse_wdcd(data, tmp_path):
+    classes = "student.classes=[static, moving]"
+    module = train.fit(config(data, tmp_path / "run", classes, "student.name=motionbev", "epochs=1"))
+    assert module.student.moving == 1
+    with pytest.raises(InputError, match="with two classes"):
+        train.fit(config(data, tmp_path / "other", classes, "distill.teacher=any"))
+
+
+def test_unknown_loss_options_are_named(data, tmp_path):
+    with pytest.raises(InputError, match=r"distill.options of kd: .*bogus"):
+        train.fit(config(data, tmp_path / "run", "distill={loss: kd, options: {bogus: 1}}"))
+    with pytest.raises(InputError, match="2 weights for 4 classes"):
+        train.fit(config(data, tmp_path / "run", "class_weights=[1, 2]"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_batch_named(data, tmp_path):
+    with pytest.raises(InputError, match=r"not finite in epoch \d, batch \d \(.*scans 00/0000\d\d"):
+        train.fit(config(data, tmp_path / "run", "optimizer.lr=1e30", "optimizer.warmup_epochs=0"))
+
+
+def test_mixed_precision(data, tmp_path):
+    module = train.fit(config(data, tmp_path / "run", "precision=bf16-mixed", "epochs=1", "gradient_clip=1"))
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_drop_static_scans_writes_the_list_it_trains_on(data, tmp_path):
+    module = train.fit(config(data, tmp_path / "run", "data.drop_static_scans=true", "epochs=1"))
+    kept = (tmp_path / "run" / "train_scans.txt").read_text().split()
+    assert len(kept) == 2 * len(module.trainer.datamodule.train_set)
+    (tmp_path / "list.txt").write_text("00 000004\n00 000007\n")
+    listed = train.fit(config(data, tmp_path / "other", f"data.drop_static_scans={tmp_path / 'list.txt'}", "epochs=1"))
+    assert [frame for _, frame in listed.trainer.datamodule.train_set.scans] == [4, 7]
+
+
+def test_splits_of_a_data_root(data, tmp_path, write_sequence):
+    for name in ("04", "08"):
+        write_sequence(tmp_path / "root" / "sequences" / name, frames=2)
+    settings = load_config(None, [f"data.root={tmp_path / 'root'}"])
+    with pytest.raises(InputError, match="no sequence 00"):  # the training split is not all there
+        train.find_training_sequences(settings)
+    chosen = load_config(None, [f"data.root={tmp_path / 'root'}", "data.train=['04']"])
+    training, validation = train.find_training_sequences(chosen)
+    assert [s.name for s in training] == ["04"] and [s.name for s in validation] == ["08"]
+    for path in (tmp_path / "root" / "sequences" / "04" / "labels").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="sequence 04 has no labels"):
+        train.find_training_sequences(chosen)
+
+
+def test_the_command_line(data, tmp_path):
+    """One real process: exit code, printed lines, an error in one line."""
+    command = [sys.executable, "-m", "kdmos.train", *SMALL, "epochs=1", f"data.root={data}", f"output={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"epoch 1/1  loss \d\.\d+  moving IoU .* look-ahead 7 scans", done.stdout)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].startswith(f"kdmos train: {tmp_path}: already holds a run")
+
+
+def test_two_epochs_on_a_real_drive_lower_the_loss(realdata, tmp_path, capsys):
+    """A quarter of the published cells, to be quick; the full grid gives the same picture."""
+    settings = [f"data.root={realdata('kitti-raw-0005-a')}", f"output={tmp_path / 'run'}", "data.workers=2"]
+    settings += ["student.grid.bins=[240,180,32]", "epochs=2", "batch_size=1", "distill=null"]
+    train.fit(load_config("semantic_kitti", [*settings, "data.drop_static_scans=false"]))
+    printed = capsys.readouterr().out
+    first, second = (float(value) for value in re.findall(r"loss (\d+\.\d+)", printed))
+    assert second < first
+    rule = float(re.search(r"training-free rule (\d\.\d+)", printed).group(1))
+    assert 0.3 < rule < 0.5  # in 16 scans, most lack some of the channels: 7 before and 7 after
+    print(json.dumps({"loss": [first, second], "rule": rule}))
