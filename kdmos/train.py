@@ -378,7 +378,9 @@ def fit(config: Config, resume: bool = False) -> Training:
         "distill": config.distill and config.distill.model_dump(mode="json"),
     }
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # The confusion tables are summed over processes already; the training loss is shown for the first process.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     bar = [TQDMProgressBar()] if sys.stderr.isatty() else []
     trainer = L.Trainer(
         accelerator=config.accelerator,
@@ -398,6 +400,8 @@ def fit(config: Config, resume: bool = False) -> Training:
         log_every_n_steps=1,
     )
     trainer.fit(module, data, ckpt_path=state if state.exists() else None, weights_only=True)
+    if trainer.is_global_zero:
+        print(f"{output / BEST}: the student with the highest moving IoU, {output / LAST}: the last one")
     return module
 
 
@@ -428,9 +432,7 @@ def train(
     Writes to output=: config.yaml (all settings), best.safetensors (by moving IoU) and last.safetensors (students
     to predict with), state.ckpt (to resume from), tensorboard/.
     """
-    settings = load_config(config, overrides or [])
-    fit(settings, resume)
-    print(f"{settings.output / BEST}: the student with the highest moving IoU, {settings.output / LAST}: the last one")
+    fit(load_config(config, overrides or []), resume)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -114,6 +114,7 @@ class Student(nn.Module):
     def __init__(self, settings: StudentSettings | None = None) -> None:
         super().__init__()
         self.settings = settings = settings or StudentSettings()
+        self.header: dict = {}  # what the checkpoint it was loaded from says about itself
         self.point_mlp = PointMlp()
         self.compress = nn.Linear(256, 32)
         self.unet = DualBranchUNet(settings.motion.num_channels, STUDENTS[settings.name])
