@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import pickle
-import zipfile
+import re
 from pathlib import Path
 
 import numpy as np
@@ -85,21 +85,26 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _load_foreign(path: Path) -> dict[str, Tensor]:
-    # Training frameworks store numpy numbers beside the weights; these types only rebuild numbers.
-    dtypes = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")]
-    scalars = [np._core.multiarray.scalar, np.dtype, *dtypes]
-    # Files written under numpy 1 name the module by its old path.
-    scalars.append((np._core.multiarray.scalar, "numpy.core.multiarray.scalar"))
+    # Training frameworks store numpy numbers and arrays beside the weights. These types only rebuild such values;
+    # taken from a value itself, because numpy 1 and 2 keep them in modules of different names.
+    rebuild_scalar, rebuild_array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    kinds = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U1")
+    known = [rebuild_scalar, rebuild_array, np.dtype, np.ndarray, *(type(np.dtype(kind)) for kind in kinds)]
+    for function in (rebuild_scalar, rebuild_array):
+        known += [(function, f"{module}.multiarray.{function.__name__}") for module in ("numpy.core", "numpy._core")]
     try:
-        with torch.serialization.safe_globals(scalars):
+        with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL" in str(error) else "not a torch file"
+        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if needed is None:
+            raise InputError(f"{path}: not a torch file, or a damaged one") from error
         raise InputError(
-            f"{path}: not loaded, because reading it could execute code ({what}); save a plain state_dict instead"
+            f"{path}: not loaded, because reading it could execute code ({needed[1]}); save a plain state_dict instead"
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a whole torch file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a damaged file breaks the reader in a dozen ways, each with another exception
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a whole torch file ({reason})") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -17,6 +17,11 @@ WDCD_NORMALISERS = {"authors": "weight", "paper": "class", "dcd": "point"}
 AUTHORS_WEIGHTS = (0.0, 1.0716, 22.0882, 421.3364)
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Sums over 100,000 points do not fit half precision: losses are computed in float32, or float64 if given."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 0, class_weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of the labelled rows, 0 if there is none.
 
@@ -27,7 +32,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 0, class_w
         class_weights: float [C]; the mean is then weighted by them.
     Returns: Scalar.
     """
-    labels = labels.long()
+    logits, labels = at_least_float32(logits), labels.long()
     labels = labels.masked_fill(labels == IGNORE, ignore_index)
     weight = None if class_weights is None else class_weights.to(logits)
     total = F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="sum")
@@ -48,7 +53,7 @@ def lovasz_softmax(logits: Tensor, labels: Tensor, ignore_index: int = 0) -> Ten
     Returns: Scalar.
     Source: Berman et al., The Lovasz-Softmax loss, CVPR 2018.
     """
-    labels = labels.long()
+    logits, labels = at_least_float32(logits), labels.long()
     num_classes = logits.shape[1]
     labelled = (labels != ignore_index) & (labels != IGNORE)
     truth = F.one_hot(torch.where(labelled, labels, 0), num_classes).T * labelled  # [C, N]
@@ -119,6 +124,7 @@ class DecoupledDistillation(nn.Module):
                 f"{type(self).__name__}: with two classes the non-target part is a distribution over one class "
                 "and NCKD is 0 whatever the teacher says; distil models of three or more classes, or use KD"
             )
+        student_logits = at_least_float32(student_logits)
         tables = (student_logits.new_tensor(values) for values in self.table(num_classes))
         loss = ops.wdcd_loss(
             student_logits,
@@ -226,8 +232,8 @@ class KD(nn.Module):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, scan_offsets: Tensor | None = None
     ) -> Tensor:
         """float [N, C] twice, integer [N] -> scalar; `scan_offsets` does not matter here."""
-        student = F.log_softmax(student_logits.float() / self.temperature, 1)
-        teacher = F.log_softmax(teacher_logits.detach().float() / self.temperature, 1)
+        student = F.log_softmax(at_least_float32(student_logits) / self.temperature, 1)
+        teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / self.temperature, 1)
         divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
         return self.temperature**2 * labelled_mean(divergence, labels, self.ignore_index)
 
@@ -249,7 +255,7 @@ class LogitStdKD(KD):
             )
 
         def standardise(logits: Tensor) -> Tensor:
-            logits = logits.float()
+            logits = at_least_float32(logits)
             return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
 
         return super().forward(standardise(student_logits), standardise(teacher_logits), labels)
@@ -269,8 +275,8 @@ class OFA(nn.Module):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, scan_offsets: Tensor | None = None
     ) -> Tensor:
         """float [N, C] twice, integer [N] -> scalar; `scan_offsets` does not matter here."""
-        student = F.log_softmax(student_logits.float() / self.temperature, 1)
-        teacher = F.softmax(teacher_logits.detach().float() / self.temperature, 1)
+        student = F.log_softmax(at_least_float32(student_logits) / self.temperature, 1)
+        teacher = F.softmax(at_least_float32(teacher_logits.detach()) / self.temperature, 1)
         num_classes = student.shape[1]
         target = labels.long()
         truth = F.one_hot(torch.where((target >= 0) & (target < num_classes), target, 0), num_classes)

@@ -65,7 +65,7 @@ def save_student(path: str | Path, student: Student, **about) -> None:
         about: JSON-able facts for the header: training data, metrics, seed, commit, remission range...
     """
     settings = asdict(student.settings)
-    checkpoint.save(path, student.state_dict(), {"model": settings.pop("name"), **settings, **about})
+    checkpoint.save(path, student.state_dict(), {**about, "model": settings.pop("name"), **settings})
 
 
 def load_student(

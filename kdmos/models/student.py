@@ -136,7 +136,7 @@ class Student(nn.Module):
             points: float32 [N, 4], finite.
             offsets: int64 [B + 1].
             residual: float32 [N, K], motion channels as `settings.motion` describes them.
-        Raises: ValueError if the shapes do not fit or a scan of the batch has no point.
+        Raises: ValueError if the shapes do not fit or the whole batch has no point (one scan of it may).
         """
         channels = self.settings.motion.num_channels
         if residual.shape != (len(points), channels):

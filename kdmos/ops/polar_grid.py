@@ -42,9 +42,11 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid) -> GriddedPoint
         offsets: int64 [B + 1], rows of each scan.
         grid: The polar grid.
     Returns: `GriddedPoints`. The number of occupied cells and voxels is read back from the device once.
-    Raises: ValueError if the points are not [N, 4].
+    Raises: ValueError if the points are not [N, 4] or the offsets do not end at N.
     Source: the polar features of PolarNet (CVPR 2020) as used by MotionBEV (RA-L 2023).
     """
     if points.ndim != 2 or points.shape[1] != 4:
         raise ValueError(f"polar_grid: expected points [N, 4], got {list(points.shape)}; is remission missing?")
+    if offsets.device.type == "cpu" and offsets[-1] != len(points):  # elsewhere reading it would wait for the device
+        raise ValueError(f"polar_grid: offsets end at {int(offsets[-1])}, but there are {len(points)} points")
     return GriddedPoints(*reference.polar_grid(points, offsets, grid))

@@ -52,20 +52,19 @@ def voxel_label(voxel_rank: Tensor, labels: Tensor, num_voxels: int, num_classes
 def polar_scatter(features: Tensor, cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     num_points, channels = features.shape
     with torch.no_grad():
+        values = features.detach()
         inside = (cell >= 0) & (cell < num_cells)
         target = torch.where(inside, cell, num_cells)[:, None].expand(-1, channels)  # last row: padding
         largest = features.new_full((num_cells + 1, channels), -math.inf)
-        largest.scatter_reduce_(0, target, features.detach(), "amax")
+        largest.scatter_reduce_(0, target, values, "amax")
+        is_largest = (values == largest.gather(0, target)) | values.isnan()  # NaN is passed on, not lost
         point = torch.arange(num_points, device=cell.device)[:, None].expand(-1, channels)
-        candidate = torch.where(features.detach() == largest.gather(0, target), point, num_points)
         argmax = torch.full((num_cells + 1, channels), num_points, device=cell.device)
-        argmax = argmax.scatter_reduce_(0, target, candidate, "amin")[:num_cells]
-        empty = argmax == num_points
-    if num_points == 0:
-        return features.new_zeros(num_cells, channels), argmax.fill_(-1)
-    # The gradient goes to one point, the one named by argmax.
-    maximum = features.gather(0, argmax.masked_fill(empty, 0)).masked_fill(empty, 0)
-    return maximum, argmax.masked_fill(empty, -1)
+        argmax.scatter_reduce_(0, target, torch.where(is_largest, point, num_points), "amin")
+        argmax = argmax[:num_cells]
+    # The gradient goes to one point, the one named by argmax; an empty cell reads a row of zeros.
+    maximum = torch.cat([features, features.new_zeros(1, channels)]).gather(0, argmax)
+    return maximum, argmax.masked_fill(argmax == num_points, -1)
 
 
 def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid) -> Tensor:
@@ -148,15 +147,17 @@ def dysample(x: Tensor, offset: Tensor, scale: int, groups: int, circular: bool)
         width += 1
     place = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], -1).flatten(0, 1)
     x = x.reshape(batch * groups, channels // groups, height, width)
-    out = F.grid_sample(x, place.to(x.dtype), mode="bilinear", padding_mode="border", align_corners=False)
-    return out.view(batch, channels, *out.shape[2:])
+    # Half precision cannot name a place: at column 200 its steps are as wide as a pixel.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = F.grid_sample(x.to(wide), place.to(wide), mode="bilinear", padding_mode="border", align_corners=False)
+    return out.view(batch, channels, *out.shape[2:]).to(x.dtype)
 
 
 def voxel_head(features: Tensor, voxels: Tensor, weight: Tensor, bias: Tensor, grid: PolarGrid) -> Tensor:
     heights = grid.bins[2]
     cells, cell_of_voxel = torch.unique_consecutive(voxels // heights, return_inverse=True)
     columns = features.permute(0, 2, 3, 1).flatten(0, 2)[cells]  # [cells, channels]
-    logits = F.linear(columns, weight.flatten(1), bias).view(len(cells), heights, -1)
+    logits = F.linear(columns, weight.flatten(1), bias).view(len(cells), heights, weight.shape[0] // heights)
     return logits[cell_of_voxel, voxels % heights]  # [V, classes]
 
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from kdmos import checkpoint, ops
 from kdmos.errors import InputError
 from kdmos.losses import WDCD, cross_entropy, lovasz_softmax
-from kdmos.models import DySample, build_student, load_student, published, save_student
+from kdmos.models import DySample, Student, build_student, load_student, published, save_student
 from kdmos.models.blocks import CircularConv2d, DropBlock2d, join
 from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings
 
@@ -370,6 +370,17 @@ def test_usual_class_lists(num_classes, moving):
     assert student.head.out_channels == 8 * num_classes
 
 
+def test_the_rule_stands_in_for_a_student():
+    rule = load_student("rule")
+    points, residual = torch.zeros(3, 4), torch.tensor([[0.5, -1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).repeat(1, 2)
+    residual[1, 4:] = 0  # three of eight
+    logits = rule(points, torch.tensor([0, 3]), residual).point_logits
+    assert (logits.argmax(1) == rule.moving).tolist() == [True, False, False]
+    assert rule.classes == ("static", "moving")
+    with pytest.raises(InputError, match="rule: needs all its channels"):
+        load_student("rule", lookahead=0)
+
+
 # --- Blocks ------------------------------------------------------------------------------------------
 
 
@@ -620,6 +631,14 @@ def test_round_trip(tmp_path, name):
     again = load_student(path)
     assert again.header == loaded.header
     assert again.settings == student.settings
+
+
+def test_moving_class_of_another_name(tmp_path):
+    settings = StudentSettings(classes=("still", "mover", "rest"), moving=1, grid=SMALL)
+    save_student(tmp_path / "student.safetensors", Student(settings))
+    student = load_student(tmp_path / "student.safetensors")
+    assert student.settings == settings
+    assert student.moving == 1
 
 
 def test_another_lookahead_has_to_be_forced(tmp_path):

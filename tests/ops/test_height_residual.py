@@ -133,9 +133,10 @@ def test_rows_worked_by_hand(yaw, row):
     ],
 )
 def test_points_off_the_grid_get_zero_and_change_nothing(point):
-    scans = [cloud([0.5, None, 0.0, 0.0]), cloud([None, 1.0, 2.0, 0.5])]
+    # something stands in all but one column, and would be another height if the stray counted
+    scans = [cloud([0.0625, None, 0.0, 0.0]), cloud([1.0, 1.0, 2.0, 0.5, None, 0.5])]
     expected = residual_of(scans)
-    assert expected.count_nonzero() == 6
+    assert expected.count_nonzero() == 10
     stray = torch.tensor([point], dtype=torch.float32)
     residual = residual_of([torch.cat([scan, stray]) for scan in scans])
     rows = torch.ones(len(residual), dtype=torch.bool)
