@@ -105,7 +105,7 @@ def main() -> None:
 
     row = {"sequence": arguments.sequence.resolve().name, "steps": arguments.steps}
     for side, (times, memory) in results.items():
-        low, median, high = np.percentile(times, [20, 50, 80])
+        low, median, high = np.percentile(times, [20, 50, 80]).tolist()
         row |= {f"{side}_s_p20": round(low, 3), f"{side}_s": round(median, 3), f"{side}_s_p80": round(high, 3)}
         row[f"{side}_gib"] = round(memory, 2)
     row["time_ratio"] = round(row["baseline_s"] / row["kdmos_s"], 2)

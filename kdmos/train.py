@@ -279,6 +279,11 @@ class Keep(Callback):
             self._save_student(trainer, module, LAST)
         self._save_state(trainer)
 
+    def on_exception(self, trainer: L.Trainer, module: Training, exception: BaseException) -> None:
+        state = self.config.output / STATE
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and state.exists():
+            print(f"interrupted; the same command with --resume goes on from {state}")
+
     def _save_state(self, trainer: L.Trainer) -> None:
         target = self.config.output / STATE
         temporary = target.with_name(f".{STATE}.part")
@@ -363,6 +368,8 @@ def fit(config: Config, resume: bool = False) -> Training:
     if state.exists() and not resume:
         raise InputError(f"{output}: already holds a run; add --resume to go on with it, or choose another output=")
     data = MosData(config)
+    if not state.exists():
+        data.scan_list.unlink(missing_ok=True)  # of a run that never came to its first save
     module = Training(config)
     resolved = output / "config.yaml"
     if state.exists() and resolved.exists():
@@ -401,7 +408,8 @@ def fit(config: Config, resume: bool = False) -> Training:
     )
     trainer.fit(module, data, ckpt_path=state if state.exists() else None, weights_only=True)
     if trainer.is_global_zero:
-        print(f"{output / BEST}: the student with the highest moving IoU, {output / LAST}: the last one")
+        kept = {BEST: "the student with the highest moving IoU", LAST: "the last one"}
+        print("\n".join(f"{output / name}: {what}" for name, what in kept.items() if (output / name).exists()))
     return module
 
 
