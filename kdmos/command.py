@@ -11,6 +11,8 @@ import typer
 
 from kdmos.errors import InputError
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 
 def run(command: Callable, name: str, argv: list[str] | None = None) -> None:
     """Parse `argv` for `command` (a typer function), run it and exit: 0, 1 (done, with losses), 2 (cannot be done).
@@ -26,13 +28,13 @@ def run(command: Callable, name: str, argv: list[str] | None = None) -> None:
         if os.environ.get("KDMOS_DEBUG") == "1":
             raise
         fail(name, str(error))
-    except KeyboardInterrupt:
-        fail(name, "interrupted; what was finished is kept, the same command goes on from there", code=130)
     except Exception as error:  # click's usage errors have no common base that typer exports
         message = getattr(error, "format_message", None)
         if message is None:
             raise
         fail(name, f"{message()} (kdmos {name} --help)")
+    if code == INTERRUPTED:
+        fail(name, "interrupted; what was finished is kept, the same command goes on from there", code)
     sys.exit(code or 0)
 
 

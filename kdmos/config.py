@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kdmos.errors import InputError
 from kdmos.settings import StudentSettings
@@ -15,21 +16,23 @@ from kdmos.settings import StudentSettings
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+# A folder may be named 2026, which YAML takes for a number.
+File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class DataConfig(Strict):
     """Which scans."""
 
-    root: Path = Path("data/SemanticKITTI")  # data root, or one bare sequence folder
+    root: File = Path("data/SemanticKITTI")  # data root, or one bare sequence folder
     train: tuple[str, ...] | None = None  # sequence names; null: the training split, or a bare folder's one
     valid: tuple[str, ...] | None = None  # sequence names; null: the validation split, or the training ones
     kitti_road: bool = False  # add KITTI-road's sequences to the splits
     drop_static_scans: bool | Path = False  # true: every 10th of the scans with at most 10 moving points; or a list
-    cache: Path | None = None  # motion cache; null: kdmos/motion in the user's cache folder
+    cache: File | None = None  # motion cache; null: kdmos/motion in the user's cache folder
     workers: Annotated[int, Field(ge=0)] = 2  # processes that read ahead
 
 
@@ -45,7 +48,7 @@ class DistillConfig(Strict):
     """Learning from a teacher's cached logits."""
 
     teacher: str = "mambamos"  # folder below `logits`
-    logits: Path = Path("logits")  # root of the store: logits/<teacher>/<sequence>/<frame>.safetensors
+    logits: File = Path("logits")  # root of the store: logits/<teacher>/<sequence>/<frame>.safetensors
     loss: Literal["wdcd", "dkd", "kd", "logit_std_kd", "ofa"] = "wdcd"
     options: dict[str, Any] = {}  # arguments of the loss, e.g. {variant: paper, temperature: 4, beta: 3}
     gamma: NotNegative = 0.3  # weight of the distillation in the total loss
@@ -64,7 +67,7 @@ class OptimizerConfig(Strict):
 class Config(Strict):
     """One training run."""
 
-    output: Path = Path("runs/train")  # all that the run writes
+    output: File = Path("runs/train")  # all that the run writes
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     student: StudentSettings = StudentSettings()
@@ -80,6 +83,17 @@ class Config(Strict):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | Literal["auto"] = 1  # GPUs, or processes on a CPU; "auto": all GPUs
     save_every: Count = 200  # steps between saves of the training state
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 00 is a name, as sequences have them, and not the number 0."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
 def find_config(name: str | Path) -> Path:
@@ -103,7 +117,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     if path is not None:
         source = str(path)
         try:
-            content = yaml.safe_load(find_config(path).read_text()) or {}
+            content = yaml.load(find_config(path).read_text(), Loader) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not YAML: {error}") from error
         if not isinstance(content, dict):
@@ -119,7 +133,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
                 place[parent] = {}
             place = place[parent]
         try:
-            place[leaf] = yaml.safe_load(value)
+            place[leaf] = yaml.load(value, Loader)
         except yaml.YAMLError as error:
             raise InputError(f"'{override}': the value is not YAML: {error}") from error
     try:

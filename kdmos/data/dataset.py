@@ -13,6 +13,7 @@ from kdmos.data.labels import to_classes
 from kdmos.data.motion_cache import MotionCache
 from kdmos.data.semantic_kitti import Sequence
 from kdmos.data.teacher_logits import TeacherLogits
+from kdmos.errors import InputError
 
 
 class MosDataset(Dataset):
@@ -118,9 +119,12 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator:
         self.handed_out = self.order.done
-        for batch in super().__iter__():
-            self.handed_out += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.handed_out += 1
+                yield batch
+        except InputError as error:  # a worker's comes wrapped in its traceback: the message is its last line
+            raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
 
     def state_dict(self) -> dict:
         return {"epoch": self.order.epoch, "handed_out": self.handed_out}

@@ -26,6 +26,13 @@ def default_cache() -> Path:
     return Path(base) / "kdmos" / "motion"
 
 
+def _checksum(tensors: dict[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors.values():
+        digest.update(np.ascontiguousarray(tensor))
+    return digest.hexdigest()
+
+
 class MotionCache:
     """All K channels of every scan of one sequence; `lookahead` only masks them on reading.
 
@@ -93,7 +100,7 @@ class MotionCache:
         point = np.flatnonzero(channels.any(1)).astype(np.int32)
         used = channels[point] != 0
         tensors = {"point": point, "channel": np.packbits(used, axis=1), "value": channels[point][used]}
-        header = {"num_points": str(len(channels))}
+        header = {"num_points": str(len(channels)), "checksum": _checksum(tensors)}
         write_atomic(self.path(frame), safetensors.numpy.save(tensors, header), durable=False)
 
     def read(self, frame: int, num_points: int) -> np.ndarray:
@@ -104,15 +111,18 @@ class MotionCache:
         path, num_channels = self.path(frame), self.settings.num_channels
         try:
             with safe_open(path, framework="np") as file:
-                header = file.metadata()
-                point, channel, value = (file.get_tensor(name) for name in ("point", "channel", "value"))
-        except (OSError, SafetensorError) as error:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in ("point", "channel", "value")}
+            if header.get("checksum") != _checksum(tensors):
+                raise ValueError("its content does not match its checksum")
+        except (OSError, SafetensorError, ValueError) as error:
             raise InputError(f"{path}: damaged motion cache ({error}); delete {path.parent}, it is remade") from error
         if header["num_points"] != str(num_points):
             raise InputError(
                 f"{path}: motion cache of {header['num_points']} points, the scan has {num_points}; "
                 f"delete {path.parent}, it is remade"
             )
+        point, channel, value = tensors.values()
         block = np.zeros((len(point), num_channels), np.float32)
         block[np.unpackbits(channel, axis=1, count=num_channels).astype(bool)] = value
         if self.settings.form == "published":

@@ -1,0 +1,182 @@
+"""Augmentation: a function of (seed, epoch, scan), distributed as the authors draw, applied as they apply it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kdmos import ops
+from kdmos.data.augment import apply_transforms, draw_transform
+from kdmos.data.batch import ScanId, pack
+from kdmos.settings import PolarGrid
+
+SCAN = ScanId("08", 123)
+DRAWS = 4000
+
+
+def draws(**settings) -> np.ndarray:
+    """float64 [DRAWS, 3, 4], one for each of as many scans."""
+    return np.stack([draw_transform(0, 0, ScanId("00", frame), **settings) for frame in range(DRAWS)])
+
+
+# ---- what the draw is a function of
+
+
+def test_the_same_for_the_same_seed_epoch_and_scan():
+    first = draw_transform(3, 5, SCAN)
+    assert first.shape == (3, 4) and first.dtype == np.float64
+    np.random.seed(1)
+    torch.manual_seed(1)
+    np.testing.assert_array_equal(draw_transform(3, 5, ScanId("08", 123)), first)
+    state = np.random.get_state()[1].copy(), torch.get_rng_state()
+    draw_transform(3, 5, SCAN)  # leaves the global generators as they were
+    assert np.array_equal(np.random.get_state()[1], state[0]) and torch.equal(torch.get_rng_state(), state[1])
+
+
+def test_another_for_every_other_seed_epoch_and_scan():
+    scans = [ScanId(sequence, frame) for sequence in ("00", "01", "10", "08") for frame in (0, 1, 8, 10)]
+    found = {draw_transform(s, e, scan).tobytes() for s in range(3) for e in range(4) for scan in scans}
+    assert len(found) == 3 * 4 * len(scans)
+
+
+def test_switching_one_kind_off_leaves_the_others():
+    for frame in range(20):
+        scan = ScanId("00", frame)
+        whole = draw_transform(0, 1, scan)
+        flip = draw_transform(0, 1, scan, rotate=False)
+        rotation = draw_transform(0, 1, scan, flip=False)
+        still = draw_transform(0, 1, scan, translation=0)
+        np.testing.assert_array_equal(flip[:, :3], np.diag(np.diag(flip)))
+        np.testing.assert_array_equal(whole[:, :3], flip[:, :3] @ rotation[:, :3])  # rotated, then mirrored
+        np.testing.assert_array_equal(still, np.c_[whole[:, :3], np.zeros(3)])
+        for other in (flip, rotation):
+            np.testing.assert_array_equal(other[:, 3], whole[:, 3])
+        np.testing.assert_allclose(draw_transform(0, 1, scan, translation=0.3)[:, 3], 3 * whole[:, 3], rtol=1e-15)
+
+
+def test_all_off_is_the_identity():
+    off = draw_transform(0, 0, SCAN, rotate=False, flip=False, translation=0)
+    np.testing.assert_array_equal(off, np.eye(3, 4))
+
+
+# ---- how it is distributed
+
+
+def test_it_is_rigid_or_mirrored_and_upright():
+    for matrix in draws()[:200, :, :3]:
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-12)
+        np.testing.assert_array_equal(matrix[2], [0, 0, 1])
+        np.testing.assert_array_equal(matrix[:2, 2], 0)
+
+
+def test_yaw_is_uniform_over_the_full_turn():
+    matrix = draws(flip=False)
+    yaw = np.sort(np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0]) / (2 * math.pi) % 1)
+    step = np.arange(1, DRAWS + 1) / DRAWS
+    assert np.abs(yaw - step).max() < 1.63 / math.sqrt(DRAWS)  # Kolmogorov-Smirnov, 1 %
+
+
+def test_each_of_four_flips_occurs_equally_often_whatever_the_yaw():
+    flips, yaws = draws(rotate=False), draws(flip=False)
+    flip = (flips[:, 0, 0] < 0) + 2 * (flips[:, 1, 1] < 0)
+    count = np.bincount(flip, minlength=4)
+    assert len(count) == 4
+    sigma = math.sqrt(DRAWS * 3 / 16)
+    assert (np.abs(count - DRAWS / 4) < 4 * sigma).all()
+    for kind in range(4):
+        mean = yaws[flip == kind, :2, 0].mean(0)  # cosine and sine
+        assert (np.abs(mean) < 4 * math.sqrt(0.5 / count[kind])).all()
+
+
+def test_translation_is_normal_with_the_given_deviation():
+    shift = draws(translation=0.1)[:, :, 3]
+    assert (np.abs(shift.mean(0)) < 4 * 0.1 / math.sqrt(DRAWS)).all()
+    np.testing.assert_allclose(shift.std(0), 0.1, rtol=4 / math.sqrt(2 * DRAWS))
+    kurtosis = ((shift / 0.1) ** 4).mean(0)
+    np.testing.assert_allclose(kurtosis, 3, atol=4 * math.sqrt(96 / DRAWS))  # 3: normal; 1.8: uniform
+    correlation = np.corrcoef(shift.T) - np.eye(3)
+    assert np.abs(correlation).max() < 4 / math.sqrt(DRAWS)
+
+
+# ---- how it is applied
+
+
+@pytest.fixture
+def scans():
+    """Three scans of different length, one of them empty; up to 50 m."""
+    rng = np.random.default_rng(0)
+    parts = [np.c_[rng.uniform(-50, 50, (n, 2)), rng.uniform(-4, 2, n), rng.random(n)] for n in (40, 0, 25)]
+    return [torch.from_numpy(part.astype(np.float32)) for part in parts]
+
+
+def distances(scan: torch.Tensor) -> torch.Tensor:
+    return torch.cdist(scan[:, :3].double(), scan[:, :3].double())
+
+
+def test_each_scan_moves_by_its_own_transform(scans):
+    points, offsets = pack(scans)
+    transforms = np.stack([draw_transform(0, 0, ScanId("00", frame)) for frame in range(3)])
+    before = points.clone()
+    moved = apply_transforms(points, offsets, transforms)
+    assert moved.dtype == torch.float32 and moved.shape == points.shape
+    assert torch.equal(points, before)  # a new tensor
+    assert torch.equal(moved[:, 3], points[:, 3])  # the remission is kept
+    for part, scan, transform in zip(moved.split([40, 0, 25]), scans, torch.from_numpy(transforms)):
+        expected = scan[:, :3].double() @ transform[:, :3].T + transform[:, 3]
+        torch.testing.assert_close(part[:, :3], expected.float())
+        # Coordinates up to 75 m are rounded to 4e-6 m, so distances are good to a few of these.
+        torch.testing.assert_close(distances(part), distances(scan), rtol=0, atol=2e-5)
+
+
+def test_by_hand():
+    points = torch.tensor([[1.0, 2.0, 3.0, 0.5], [1.0, 0.0, -1.0, 0.25]])
+    quarter_then_x_mirrored = np.array([[0.0, 1, 0, 10], [1, 0, 0, 20], [0, 0, 1, 30]])
+    shift = np.c_[np.eye(3), [0, 0, 0.5]]
+    moved = apply_transforms(points, torch.tensor([0, 1, 2]), np.stack([quarter_then_x_mirrored, shift]))
+    assert moved.tolist() == [[12, 21, 33, 0.5], [1, 0, -0.5, 0.25]]
+
+
+def test_the_identity_changes_no_bit(scans):
+    points, offsets = pack(scans)
+    assert torch.equal(apply_transforms(points, offsets, np.tile(np.eye(3, 4), (3, 1, 1))), points)
+
+
+def test_strided_points_and_no_point(scans):
+    points, offsets = pack(scans)
+    transforms = np.stack([draw_transform(0, 0, ScanId("00", frame)) for frame in range(3)])
+    strided = points.repeat_interleave(2, dim=0)[::2]
+    assert not strided.is_contiguous()
+    assert torch.equal(apply_transforms(strided, offsets, transforms), apply_transforms(points, offsets, transforms))
+    assert apply_transforms(torch.zeros(0, 4), torch.tensor([0, 0]), transforms[:1]).shape == (0, 4)
+
+
+# ---- the authors' augmentation
+
+
+def authors_transform(seed: int) -> np.ndarray:
+    """Their draw: yaw in degrees, one of four flips (none, x, y, both), a shift per axis; float64 [1, 3, 4]."""
+    rng = np.random.RandomState(seed)
+    yaw = math.radians(rng.random_sample() * 360)
+    flip = rng.choice(4, 1).item()
+    shift = rng.normal(0, 0.1, 3)
+    rotation = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])
+    signs = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [-1, -1, 1]])[flip]
+    return np.c_[signs[:, None] * rotation, shift][None]
+
+
+@pytest.mark.parametrize("seed", [100, 101, 102])
+def test_equals_the_authors_augmented_scan(seed, golden):
+    with np.load(golden("a1_residual.npz")) as data:
+        start, stop = np.cumsum(data["n_points"])[[6, 7]]
+        points = torch.from_numpy(data["scans"][start:stop])
+    with np.load(golden("a2_polar.npz")) as data:
+        index, features = (data[f"aug_seed{seed}_{name}_every4"] for name in ("grid_ind", "features8"))
+    offsets = torch.tensor([0, len(points)])
+    gridded = ops.polar_grid(apply_transforms(points, offsets, authors_transform(seed)), offsets, PolarGrid())
+    same = (gridded.index[::4].numpy() == index).all(1)
+    # They rotate in float32, we in float64 and round once: a point on a border may change its cell.
+    assert same.mean() >= 0.9999
+    found = gridded.features[::4, :8].numpy()[same]
+    # Two last bits of a coordinate up to 128 m.
+    np.testing.assert_allclose(found, features[same], rtol=0, atol=2e-5)
