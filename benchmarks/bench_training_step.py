@@ -1,9 +1,10 @@
 """Training step, batch 1, on a real scan: this package against the authors' arrangement in `baseline.py`.
 
-    python -m benchmarks.bench_training_step SEQUENCE [--steps 5]
+    python -m benchmarks.bench_training_step SEQUENCE [--steps 9]
 
-Each side runs in a process of its own, so that the peak of its memory is its own. Forward with dropout, all losses
-of the authors' run (random teacher logits), backward, SGD step; points and motion channels in memory.
+Each side runs in a process of its own, so that the peak of its memory is its own; their steps alternate. A step is
+forward with dropout, all losses of the authors' run (made-up teacher logits), backward and SGD, from points and
+motion channels in memory; ours also sorts the points into the grid, which the authors do in the loader.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 SIDES = ("baseline", "kdmos")
+WARM_UP = 5
 
 
 def prepare(folder: Path):
@@ -75,31 +77,36 @@ def kdmos_step(points, residual, labels, teacher):
     return step
 
 
-def measure(side: str, folder: Path, steps: int, queue) -> None:
-    """Times of the steps after two for warm-up, and the peak resident memory above the prepared data, to `queue`."""
+def serve(side: str, folder: Path, pipe) -> None:
+    """Runs one step for each message and answers with its seconds; at the end with the peak memory in GiB."""
     data = prepare(folder)
     step = {"baseline": baseline_step, "kdmos": kdmos_step}[side](*data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(steps + 2):
+    while pipe.recv():
         start = time.perf_counter()
         step()
-        times.append(time.perf_counter() - start)
-    queue.put((times[2:], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20))
+        pipe.send(time.perf_counter() - start)
+    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sequence", type=Path)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=9)
     arguments = parser.parse_args()
-    context, results = multiprocessing.get_context("spawn"), {}
+    context, pipes, times = multiprocessing.get_context("spawn"), {}, {side: [] for side in SIDES}
     for side in SIDES:
-        queue = context.Queue()
-        process = context.Process(target=measure, args=(side, arguments.sequence, arguments.steps, queue))
-        process.start()
-        results[side] = queue.get()
-        process.join()
+        pipes[side], theirs = context.Pipe()
+        context.Process(target=serve, args=(side, arguments.sequence, theirs), daemon=True).start()
+    for number in range(arguments.steps + WARM_UP):
+        for side, pipe in pipes.items():  # in turns, so that a busy machine slows both
+            pipe.send(True)
+            seconds = pipe.recv()
+            times[side] += [seconds] if number >= WARM_UP else []
+    results = {}
+    for side, pipe in pipes.items():
+        pipe.send(False)
+        results[side] = times[side], pipe.recv()
 
     from benchmarks import rows
 

@@ -13,11 +13,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kdmos.errors import InputError
 from kdmos.settings import StudentSettings
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-# A folder may be named 2026, which YAML takes for a number.
-File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
+def _expanded(value: Any) -> Any:
+    return Path(value).expanduser() if isinstance(value, str) else value
+
+
+def _path(value: Any) -> Any:
+    return _expanded(str(value) if type(value) is int else value)  # YAML takes a folder named 2026 for a number
+
+
+File = Annotated[Path, BeforeValidator(_path)]
 
 
 class Strict(BaseModel):
@@ -31,7 +40,9 @@ class DataConfig(Strict):
     train: tuple[str, ...] | None = None  # sequence names; null: the training split, or a bare folder's one
     valid: tuple[str, ...] | None = None  # sequence names; null: the validation split, or the training ones
     kitti_road: bool = False  # add KITTI-road's sequences to the splits
-    drop_static_scans: bool | Path = False  # true: every 10th of the scans with at most 10 moving points; or a list
+    drop_static_scans: bool | Annotated[Path, BeforeValidator(_expanded)] = (
+        False  # true: every 10th of the scans with at most 10 moving points; or a list
+    )
     cache: File | None = None  # motion cache; null: kdmos/motion in the user's cache folder
     workers: Annotated[int, Field(ge=0)] = 2  # processes that read ahead
 
@@ -81,7 +92,7 @@ class Config(Strict):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     gradient_clip: Positive | None = None  # largest norm of the gradient
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = 1  # GPUs, or processes on a CPU; "auto": all GPUs
+    devices: Count | Literal["auto"] = 1  # GPUs, or processes on a CPU; "auto": all GPUs
     save_every: Count = 200  # steps between saves of the training state
 
 
@@ -117,7 +128,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     if path is not None:
         source = str(path)
         try:
-            content = yaml.load(find_config(path).read_text(), Loader) or {}
+            content = yaml.load(find_config(path).read_text(), Loader)
+            content = {} if content is None else content
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not YAML: {error}") from error
         if not isinstance(content, dict):
@@ -139,7 +151,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{source}: {_explain(error)}") from error
+        place = ".".join(str(part) for part in error.errors()[0]["loc"]) + "."
+        keys = {override.partition("=")[0] + ".": override for override in overrides}
+        blamed = [o for key, o in keys.items() if key.startswith(place) or place.startswith(key)]
+        raise InputError(f"{blamed[-1] if blamed else source}: {_explain(error)}") from error
 
 
 def _explain(error: ValidationError) -> str:
@@ -151,6 +166,8 @@ def _explain(error: ValidationError) -> str:
         close = difflib.get_close_matches(place[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
+    if first["type"] == "value_error":  # our own words, which say what was given
+        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
     return f"{key}: {first['msg']}, got {first['input']!r}"
 
 

@@ -121,6 +121,7 @@ def test_overrides_win_over_the_yaml_and_later_over_earlier(write):
         ("gradient_clip=2", lambda c: c.gradient_clip, 2.0),
         ("devices=auto", lambda c: c.devices, "auto"),
         ("distill.gamma=0.1", lambda c: (c.distill.gamma, c.distill.loss), (0.1, "wdcd")),  # from null
+        ("distill={}", lambda c: (c.distill.gamma, c.distill.teacher), (0.3, "mambamos")),
         ("distill.options.beta=8", lambda c: c.distill.options, {"beta": 8}),
     ],
 )

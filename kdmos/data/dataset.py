@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator
 
 import numpy as np
@@ -123,8 +124,12 @@ class ResumableLoader(DataLoader):
             for batch in super().__iter__():
                 self.handed_out += 1
                 yield batch
-        except InputError as error:  # a worker's comes wrapped in its traceback: the message is its last line
-            raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
+        except InputError as error:
+            # Frames in the traceback keep the workers alive, and torch waits 5 s for each.
+            traceback.clear_frames(error.__traceback__)
+            self._iterator = None
+            # A worker's message comes wrapped in its own traceback and ends it.
+            raise InputError(str(error).rpartition("kdmos.errors.InputError: ")[2].strip()) from None
 
     def state_dict(self) -> dict:
         return {"epoch": self.order.epoch, "handed_out": self.handed_out}

@@ -19,6 +19,8 @@ from kdmos.errors import InputError
 from kdmos.motion import MotionStream
 from kdmos.settings import MotionSettings
 
+FORMAT = 1  # of the files; part of the key
+
 
 def default_cache() -> Path:
     """Folder of the motion caches when no other is named."""
@@ -45,7 +47,7 @@ class MotionCache:
         self.sequence, self.settings = sequence, settings
         full = MotionSettings(settings.form, settings.num_channels, None, settings.grid)
         self._full = full
-        key = hashlib.blake2b(repr(sorted(asdict(full).items())).encode(), digest_size=8)
+        key = hashlib.blake2b(repr((FORMAT, sorted(asdict(full).items()))).encode(), digest_size=8)
         key.update(sequence.poses().tobytes())
         for frame in sequence.frames:
             path = sequence.points_path(frame)
@@ -89,8 +91,9 @@ class MotionCache:
                     progress(done, len(missing))
 
         for index in range(start, stop):
-            points = torch.from_numpy(self.sequence.read_points(frames[index])).to(device)
-            channels = stream.push(points, poses[index])
+            points = self.sequence.read_points(frames[index])
+            points[~np.isfinite(points).all(1)] = np.nan  # a point without remission takes no part either
+            channels = stream.push(torch.from_numpy(points).to(device), poses[index])
             if channels is not None:
                 keep(channels)
         for channels in stream.flush():

@@ -1,6 +1,9 @@
 """Augmentation: a function of (seed, epoch, scan), distributed as the authors draw, applied as they apply it."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -32,6 +35,14 @@ def test_the_same_for_the_same_seed_epoch_and_scan():
     state = np.random.get_state()[1].copy(), torch.get_rng_state()
     draw_transform(3, 5, SCAN)  # leaves the global generators as they were
     assert np.array_equal(np.random.get_state()[1], state[0]) and torch.equal(torch.get_rng_state(), state[1])
+
+
+def test_the_same_in_another_process():
+    """Python's own hash of a string is not."""
+    script = "from kdmos.data.augment import *; print(draw_transform(3, 5, ScanId('08', 123)).tobytes().hex())"
+    environment = {**os.environ, "PYTHONHASHSEED": "17"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == draw_transform(3, 5, SCAN).tobytes().hex(), done.stderr
 
 
 def test_another_for_every_other_seed_epoch_and_scan():
