@@ -142,6 +142,8 @@ def predict_data(
 
 def _complete(output: Path, sequence: Sequence, frame: int, scores: bool) -> bool:
     path, scan = sequence.prediction_path(output, frame), sequence.points_path(frame)
+    if not scan.exists():  # a broken link: reading it will say so
+        return False
     num_points = scan.stat().st_size // POINT_BYTES
     sizes = [(path, 4)] + ([(path.with_suffix(".score"), 2)] if scores else [])
     return all(file.is_file() and file.stat().st_size == width * num_points for file, width in sizes)

@@ -15,18 +15,14 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import lightning as L
 import numpy as np
 import torch
 import typer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from kdmos import __version__, metrics, ops
 from kdmos.checkpoint import write_atomic
-from kdmos.command import run
+from kdmos.command import fail, run
 from kdmos.config import Config, dump_config, load_config
 from kdmos.data.augment import apply_transforms, draw_transform
 from kdmos.data.batch import PackedBatch
@@ -40,6 +36,15 @@ from kdmos.losses import DISTILLATION, cross_entropy, lovasz_softmax
 from kdmos.models import Student, StudentOutput, save_student
 from kdmos.motion import moving_by_rule
 
+try:
+    import lightning as L
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from torchmetrics.classification import MulticlassConfusionMatrix
+except ModuleNotFoundError as error:
+    fail("train", f"{error.name} is not installed, and training needs it: pip install 'kdmos[train]'")
+
 STATE, BEST, LAST = "state.ckpt", "best.safetensors", "last.safetensors"
 
 # --- the data
@@ -48,11 +53,15 @@ STATE, BEST, LAST = "state.ckpt", "best.safetensors", "last.safetensors"
 def find_training_sequences(config: Config) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to train and to validate on, as `config.data` asks for them."""
     data = config.data
-    if (data.root / "velodyne").is_dir():  # one bare sequence folder
-        train, valid = find_sequences(data.root, data.train), find_sequences(data.root, data.valid)
-    else:
-        train = find_sequences(data.root, data.train or split_sequences("train", data.kitti_road))
-        valid = find_sequences(data.root, data.valid or split_sequences("valid", data.kitti_road))
+    wanted = {"train": data.train, "valid": data.valid}
+    if not (data.root / "velodyne").is_dir():  # not one bare sequence folder, which is its own split
+        wanted = {split: names or split_sequences(split, data.kitti_road) for split, names in wanted.items()}
+    try:
+        train, valid = (find_sequences(data.root, names) for names in wanted.values())
+    except InputError as error:
+        if data.train and data.valid:
+            raise
+        raise InputError(f"{error}; for sequences of your own set data.train=[...] and data.valid=[...]") from error
     both = {s.name for s in train} & {s.name for s in valid}
     if both:
         warnings.warn(
@@ -389,23 +398,26 @@ def fit(config: Config, resume: bool = False) -> Training:
     # The confusion tables are summed over processes already; the training loss is shown for the first process.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     bar = [TQDMProgressBar()] if sys.stderr.isatty() else []
-    trainer = L.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        strategy="ddp" if config.devices != 1 else "auto",
-        precision=config.precision,
-        max_epochs=config.epochs,
-        accumulate_grad_batches=config.accumulate,
-        gradient_clip_val=config.gradient_clip,
-        callbacks=[Keep(config, about), Report(), LearningRateMonitor("step"), *bar],
-        logger=TensorBoardLogger(output, name="", version="tensorboard"),
-        enable_checkpointing=False,
-        enable_progress_bar=bool(bar),
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-    )
+    try:
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            strategy="ddp" if config.devices != 1 else "auto",
+            precision=config.precision,
+            max_epochs=config.epochs,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.gradient_clip,
+            callbacks=[Keep(config, about), Report(), LearningRateMonitor("step"), *bar],
+            logger=TensorBoardLogger(output, name="", version="tensorboard"),
+            enable_checkpointing=False,
+            enable_progress_bar=bool(bar),
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+        )
+    except MisconfigurationException as error:  # no GPU, or not so many
+        raise InputError(f"accelerator {config.accelerator}, devices {config.devices}: {error}") from error
     trainer.fit(module, data, ckpt_path=state if state.exists() else None, weights_only=True)
     if trainer.is_global_zero:
         kept = {BEST: "the student with the highest moving IoU", LAST: "the last one"}
