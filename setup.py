@@ -12,5 +12,5 @@ setup(
     version=version,
     packages=[*find_packages(include=["kdmos", "kdmos.*"]), "kdmos.configs", "kdmos.benchmarks"],
     package_dir={"kdmos.configs": "configs", "kdmos.benchmarks": "benchmarks"},
-    package_data={"kdmos.configs": ["*.yaml"], "kdmos.benchmarks": ["results/*.csv"]},
+    package_data={"kdmos.configs": ["*.yaml"]},
 )

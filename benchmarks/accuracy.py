@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import rows
 from kdmos import metrics
 from kdmos.data.labels import CLASSES, to_classes
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.errors import InputError
 from kdmos.models import load_student
 from kdmos.predict import choose_device, predict_sequence
+
+from . import rows
 
 NAMES = CLASSES[4]
 STATIC, MOVING = NAMES.index("static"), NAMES.index("moving")

@@ -41,7 +41,7 @@ def baseline_step(points, residual, labels, teacher):
     """A function that runs one step of the authors' arrangement."""
     import torch
 
-    from benchmarks import baseline
+    from . import baseline
 
     torch.manual_seed(0)
     student = baseline.Student(4, 8).train()
@@ -108,7 +108,7 @@ def main() -> None:
         pipe.send(False)
         results[side] = times[side], pipe.recv()
 
-    from benchmarks import rows
+    from . import rows
 
     row = {"sequence": arguments.sequence.resolve().name, "steps": arguments.steps}
     for side, (times, memory) in results.items():
