@@ -12,5 +12,6 @@ setup(
     version=version,
     packages=[*find_packages(include=["kdmos", "kdmos.*"]), "kdmos.configs", "kdmos.benchmarks"],
     package_dir={"kdmos.configs": "configs", "kdmos.benchmarks": "benchmarks"},
+    include_package_data=False,
     package_data={"kdmos.configs": ["*.yaml"]},
 )
