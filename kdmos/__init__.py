@@ -1,3 +1,3 @@
-"""kdmos: moving-object segmentation of LiDAR scans in real time."""
+"""kdmos: moving-object segmentation of LiDAR scans."""
 
 __version__ = "0.1.0"

@@ -69,7 +69,10 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
+        what = "a folder; name a file in it, such as best.safetensors" if path.is_dir() else "no such checkpoint file"
+        raise InputError(f"{path}: {what}")
+    if path.suffix == ".ckpt":
+        raise InputError(f"{path}: a training state, to resume from; the students are the .safetensors beside it")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:

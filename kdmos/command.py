@@ -34,8 +34,18 @@ def run(command: Callable, name: str, argv: list[str] | None = None) -> None:
             raise
         fail(name, f"{message()} (kdmos {name} --help)")
     if code == INTERRUPTED:
-        fail(name, "interrupted; what was finished is kept, the same command goes on from there", code)
+        fail(name, "interrupted; what was finished is kept", code)
     sys.exit(code or 0)
+
+
+def listed(text: str | None, option: str) -> list[str] | None:
+    """ "08, 09" -> ["08", "09"], each once. Raises: InputError for an empty name."""
+    if text is None:
+        return None
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if "" in names:
+        raise InputError(f"{option} '{text}': expected a list like 08,09")
+    return names
 
 
 def fail(name: str, message: str, code: int = 2) -> None:

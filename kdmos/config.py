@@ -29,6 +29,10 @@ def _path(value: Any) -> Any:
 File = Annotated[Path, BeforeValidator(_path)]
 
 
+# Sequence names: [00, 01], or one name alone.
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, (str, int)) else value)]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
@@ -37,8 +41,8 @@ class DataConfig(Strict):
     """Which scans."""
 
     root: File = Path("data/SemanticKITTI")  # data root, or one bare sequence folder
-    train: tuple[str, ...] | None = None  # sequence names; null: the training split, or a bare folder's one
-    valid: tuple[str, ...] | None = None  # sequence names; null: the validation split, or the training ones
+    train: Names | None = None  # sequence names; null: the training split, or a bare folder's one
+    valid: Names | None = None  # sequence names; null: the validation split, or the training ones
     kitti_road: bool = False  # add KITTI-road's sequences to the splits
     drop_static_scans: bool | Annotated[Path, BeforeValidator(_expanded)] = (
         False  # true: every 10th of the scans with at most 10 moving points; or a list
@@ -93,7 +97,7 @@ class Config(Strict):
     gradient_clip: Positive | None = None  # largest norm of the gradient
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Count | Literal["auto"] = 1  # GPUs, or processes on a CPU; "auto": all GPUs
-    save_every: Count = 200  # steps between saves of the training state
+    save_every: Count = 200  # optimizer steps between saves of the training state
 
 
 class Loader(yaml.SafeLoader):
@@ -125,6 +129,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     Raises: InputError naming the file and the key: unknown, or a value that does not fit.
     """
     content, source = {}, "defaults"
+    keys = {override.partition("=")[0] for override in overrides}
     if path is not None:
         source = str(path)
         try:
@@ -134,6 +139,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
             raise InputError(f"{path}: not YAML: {error}") from error
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected keys and values, got {type(content).__name__}")
+    if "distill.loss" in keys and isinstance(content.get("distill"), dict):
+        content["distill"].pop("options", None)  # they belong to the loss that the YAML names
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

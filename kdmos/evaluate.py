@@ -20,9 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kdmos import metrics
-from kdmos.command import run
+from kdmos.command import listed, run
 from kdmos.data.labels import CLASSES, to_classes
-from kdmos.data.semantic_kitti import MANIFEST, SPLITS, Sequence, find_sequences, read_labels, split_sequences
+from kdmos.data.semantic_kitti import (
+    SPLITS,
+    Sequence,
+    find_sequences,
+    read_labels,
+    read_manifest,
+    split_sequences,
+)
 from kdmos.errors import InputError
 from kdmos.motion import MotionStream, moving_by_rule
 from kdmos.picture import bev_picture, need_matplotlib
@@ -73,20 +80,6 @@ def find_scored(
             else f"{data}: no sequence has labels/NNNNNN.label, so there is nothing to score against"
         )
     return scored, left_out
-
-
-def read_manifest(predictions: str | Path) -> dict | None:
-    """What the predictions were made with, None if their maker did not say."""
-    path = Path(predictions) / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: not a JSON object; predict again, or delete it if these are no kdmos predictions")
-    return manifest
 
 
 def _labelled_frames(sequence: Sequence) -> list[int]:
@@ -415,7 +408,7 @@ def evaluate(
     report = evaluate_predictions(
         data,
         predictions,
-        _listed(sequences, "--sequences"),
+        listed(sequences, "--sequences"),
         split,
         rule,
         pictures,
@@ -429,18 +422,8 @@ def evaluate(
         print_report(report, console if console.is_terminal else Console(width=FILE_WIDTH))
 
 
-def _listed(text: str | None, option: str) -> list[str] | None:
-    """ "08, 09" -> ["08", "09"], each once."""
-    if text is None:
-        return None
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    if "" in names:
-        raise InputError(f"{option} '{text}': expected a list like 08,09")
-    return names
-
-
 def _frame_numbers(text: str | None) -> list[int] | None:
-    names = _listed(text, "--frames")
+    names = listed(text, "--frames")
     wrong = [name for name in names or () if not name.isdecimal()]
     if wrong:
         raise InputError(f"--frames '{text}': '{wrong[0]}' is not a frame number")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 
@@ -37,10 +38,12 @@ class MotionStream:
         """Take the next scan.
 
         Args:
-            points: float32 [n, >= 3]: x, y, z in metres, LiDAR frame. May be empty (a scan that was lost).
+            points: float32 [n, >= 3]: x, y, z in metres, LiDAR frame. May be empty (a scan that was lost). A row
+                with a non-finite value, be it the remission, takes no part and gets 0.
             pose: [4, 4], world (any fixed frame) from this scan's LiDAR frame.
         Returns: float32 [m, K] of the scan `lookahead` pushes ago, None while there is none.
         """
+        points = points.masked_fill(~points.isfinite().all(1, keepdim=True), torch.nan)
         self._window.append((points, torch.as_tensor(pose, dtype=torch.float64, device="cpu")))
         self._waiting.append(points.new_zeros(len(points), self.settings.num_channels))
         if self.settings.form == "published":
@@ -116,6 +119,21 @@ def motion_channels(
         out += [done] if done is not None else []
     out += stream.flush()
     return [done.numpy() for done in out] if len(scans) and isinstance(scans[0], np.ndarray) else out
+
+
+def warn_of_incomplete(sequence, settings: MotionSettings) -> None:
+    """Warn if a sequence lacks frames, or is too short for any scan of it to have all its channels."""
+    if sequence.gaps:
+        warnings.warn(
+            f"sequence {sequence.name} lacks {len(sequence.gaps)} frames; its motion windows go over the gaps",
+            stacklevel=3,
+        )
+    if len(sequence.frames) <= settings.history + settings.lookahead:
+        warnings.warn(
+            f"sequence {sequence.name} has {len(sequence.frames)} scans: none has the {settings.history} scans before "
+            f"and {settings.lookahead} after it that all motion channels need",
+            stacklevel=3,
+        )
 
 
 def moving_by_rule(residual: Tensor) -> Tensor:

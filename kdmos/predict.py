@@ -18,12 +18,12 @@ import typer
 from rich.progress import Progress
 
 from kdmos.checkpoint import write_atomic
-from kdmos.command import run
+from kdmos.command import listed, run
 from kdmos.data.labels import to_raw
-from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, find_sequences, split_sequences
+from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, find_sequences, read_manifest, split_sequences
 from kdmos.errors import InputError
 from kdmos.models import Rule, Student, load_student
-from kdmos.motion import MotionStream
+from kdmos.motion import MotionStream, warn_of_incomplete
 
 
 class ScanResult(NamedTuple):
@@ -107,14 +107,13 @@ def predict_data(
     Returns: scans that have predictions now, and one line for each scan that could not be used.
     Raises: InputError if `output` holds other predictions, poses are missing, or the disk is full.
     """
-    _check_manifest(output / MANIFEST, manifest)
+    _check_manifest(output, manifest)
     done, lost = 0, []
     total = sum(len(sequence.frames) for sequence in sequences)
     with Progress(disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("predict", total=total)
         for sequence in sequences:
-            if sequence.gaps:
-                warnings.warn(f"sequence {sequence.name} lacks {len(sequence.gaps)} frames", stacklevel=2)
+            warn_of_incomplete(sequence, student.settings.motion)
             there = frozenset(f for f in sequence.frames if _complete(output, sequence, f, scores))
             if len(there) == len(sequence.frames):  # no need to look at it
                 done += len(there)
@@ -133,8 +132,8 @@ def predict_data(
                 path = sequence.prediction_path(output, frame)
                 if scores:  # first, so that a label file means that all is there
                     write_atomic(path.with_suffix(".score"), result.moving_probability.astype("<f2").tobytes())
-                named = np.where(result.predicted < 0, student.classes.index("static"), result.predicted)
-                write_atomic(path, to_raw(named, student.classes, classes).astype("<u4").tobytes(), durable=False)
+                raw = to_raw(result.predicted, student.classes, classes, student.moving)
+                write_atomic(path, raw.astype("<u4").tobytes(), durable=False)
             if non_finite:
                 warnings.warn(f"sequence {sequence.name}: {non_finite} non-finite points were labelled 9", stacklevel=2)
     return done, lost
@@ -149,24 +148,22 @@ def _complete(output: Path, sequence: Sequence, frame: int, scores: bool) -> boo
     return all(file.is_file() and file.stat().st_size == width * num_points for file, width in sizes)
 
 
-def _check_manifest(path: Path, manifest: dict | None) -> None:
+def _check_manifest(output: Path, manifest: dict | None) -> None:
+    """Predictions made otherwise, or by nobody knows what, are neither taken for ours nor overwritten."""
     if manifest is None:
         return
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON; delete {path.parent} or choose another --output") from error
-        changed = [key for key in manifest if before.get(key) != manifest[key]]
-        if changed:
-            raise InputError(
-                f"{path.parent}: holds predictions with another {', '.join(changed)}; choose another --output"
-            )
-    write_atomic(path, json.dumps(manifest, indent=2).encode())
+    before = read_manifest(output)
+    if before is None and any(output.glob("sequences/*/predictions/*.label")):
+        raise InputError(f"{output}: holds predictions that do not say how they were made; choose another --output")
+    changed = [key for key in manifest if before is not None and before.get(key) != manifest[key]]
+    if changed:
+        raise InputError(f"{output}: holds predictions with another {', '.join(changed)}; choose another --output")
+    write_atomic(output / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
 def zip_predictions(output: Path, sequences: list[Sequence]) -> Path:
     """Pack the label files for the benchmark server: sequences/NN/predictions/NNNNNN.label in `output`.zip."""
+    output = output.resolve()
     target = output.with_name(f"{output.name}.zip")
     temporary = target.with_name(f".{target.name}.part")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
@@ -223,7 +220,7 @@ def predict(
         raise InputError(f"--classes {classes}: 2 (9, 251) or 4 (also 250 for movable)")
     if split and sequences:
         raise InputError("--split and --sequences exclude each other")
-    names = split_sequences(split) if split else sequences.split(",") if sequences else None
+    names = split_sequences(split) if split else listed(sequences, "--sequences")
     found = find_sequences(source, names)
     for sequence in found:
         sequence.poses()  # all that can be wrong with them, before the first scan
@@ -242,9 +239,14 @@ def predict(
     done, lost = predict_data(student, found, output, where, classes, scores, manifest)
     print(f"{done} scans labelled in {output} ({motion.form} motion channels, look-ahead {motion.lookahead} scans)")
     if zip:
-        print(f"{zip_predictions(output, found)}: ready for submission")
+        print(f"{zip_predictions(output, found)}: the label files, packed")
     for line in lost:
         print(f"not labelled: {line}", file=sys.stderr)
+    if lost:
+        print(
+            f"the motion channels of up to {motion.history} scans before and after each of them lack its points",
+            file=sys.stderr,
+        )
     return 1 if lost else 0
 
 

@@ -34,7 +34,7 @@ from kdmos.data.teacher_logits import TeacherLogits
 from kdmos.errors import InputError
 from kdmos.losses import DISTILLATION, cross_entropy, lovasz_softmax
 from kdmos.models import Student, StudentOutput, save_student
-from kdmos.motion import moving_by_rule
+from kdmos.motion import moving_by_rule, warn_of_incomplete
 
 try:
     import lightning as L
@@ -70,10 +70,13 @@ def find_training_sequences(config: Config) -> tuple[list[Sequence], list[Sequen
     for sequence in {s.name: s for s in (*train, *valid)}.values():
         if not sequence.has_labels:
             raise InputError(f"{sequence.folder / 'labels'}: sequence {sequence.name} has no labels to learn from")
-        if sequence.gaps:
-            warnings.warn(
-                f"sequence {sequence.name} lacks {len(sequence.gaps)} frames; windows go over the gaps", stacklevel=2
+        missing = [frame for frame in sequence.frames if not sequence.labels_path(frame).exists()]
+        if missing:
+            raise InputError(
+                f"{sequence.labels_path(missing[0])}: missing, and so are {len(missing) - 1} more label files of "
+                f"sequence {sequence.name}; training needs one for every scan"
             )
+        warn_of_incomplete(sequence, config.student.motion)
     return train, valid
 
 
@@ -94,7 +97,7 @@ class MosData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """On one process: the motion caches, and the list of scans that are kept."""
         for name, cache in self.caches.items():
-            cache.build(_counter(f"motion channels of {name}"))
+            cache.build(_counter(f"motion channels of {name}"), self.trainer.strategy.root_device)
         if self.config.data.drop_static_scans is True and not self.scan_list.exists():
             counter = _counter("scans with moving points")
             kept = [s.scan(f) for s in self.train_sequences for f in drop_static_scans(s, progress=counter)]
@@ -108,7 +111,15 @@ class MosData(L.LightningDataModule):
         teacher = TeacherLogits(distill.logits, distill.teacher) if distill else None
         classes = self.config.student.classes
         train = [(s, f) for s in self.train_sequences for f in frames[s.name]]
+        missing = [scan for s, f in train if teacher and not teacher.path(scan := s.scan(f)).exists()]
+        if missing:
+            raise InputError(
+                f"{teacher.path(missing[0])}: no logits of teacher '{distill.teacher}' for {len(missing)} of "
+                f"{len(train)} training scans; store them with kdmos.data.teacher_logits, or train with distill=null"
+            )
         valid = [(s, f) for s in self.valid_sequences for f in s.frames]
+        if len(valid) < self.trainer.world_size:
+            raise InputError(f"devices: {self.trainer.world_size} processes for {len(valid)} validation scans")
         self.train_set = MosDataset(train, classes, self.caches, teacher)
         self.valid_set = MosDataset(valid, classes, self.caches)
 
@@ -189,22 +200,27 @@ class Training(L.LightningModule):
 
     def training_step(self, batch: PackedBatch, batch_index: int) -> Tensor:
         seed, epoch, augment = self.config.seed, self.current_epoch, self.config.augment
+        if len(batch.points) < 2:
+            raise InputError(f"scan {batch.scans[0]}: one point is too few for a batch of its own")
         torch.manual_seed(step_seed(seed, epoch, batch_index, self.global_rank))
         transforms = [
             draw_transform(seed, epoch, scan, augment.rotate, augment.flip, augment.translation) for scan in batch.scans
         ]
         points = apply_transforms(batch.points, batch.offsets, np.stack(transforms))
         low, high = batch.points.aminmax(dim=0)
-        self.seen = torch.stack([torch.minimum(self.seen[0], low), torch.maximum(self.seen[1], high)])
+        self.seen[0].clamp_(max=low)
+        self.seen[1].clamp_(min=high)
 
         terms = self.losses(self.student(points, batch.offsets, batch.residual), batch)
         loss = torch.stack(list(terms.values())).sum()
         if not loss.isfinite():
+            state = self.config.output / STATE
+            before = f"an earlier state is in {state}; " if state.exists() else ""
             values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
             scans = ", ".join(map(str, batch.scans))
             raise InputError(
                 f"the loss is not finite in epoch {epoch + 1}, batch {batch_index + 1} ({values}; scans {scans}); "
-                f"the state before it is in {self.config.output / STATE}; lower optimizer.lr or look at these scans"
+                f"{before}lower optimizer.lr or look at these scans"
             )
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.num_scans)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=batch.num_scans)
@@ -264,7 +280,7 @@ class Keep(Callback):
     """Writes the training state every so many steps and the students worth having, each atomically."""
 
     def __init__(self, config: Config, about: dict) -> None:
-        self.config, self.about, self.best = config, about, -1.0
+        self.config, self.about, self.best, self.interrupted = config, about, -1.0, False
 
     def state_dict(self) -> dict:
         return {"best": self.best}
@@ -273,25 +289,29 @@ class Keep(Callback):
         self.best = state["best"]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs, batch, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.config.save_every == 0:
+        # Not between the batches of one optimizer step, whose gradients are in no state, and not after the last
+        # batch: a run resumed there would skip the validation.
+        step_done = (batch_idx + 1) % self.config.accumulate == 0
+        last = batch_idx + 1 == trainer.num_training_batches
+        if step_done and not last and trainer.global_step % self.config.save_every == 0:
             self._save_state(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
         value = trainer.callback_metrics["val/moving_iou"].item()
-        if trainer.is_global_zero and value > self.best:
-            self._save_student(trainer, module, BEST)
+        if np.isnan(value):
+            warnings.warn("the validation scans have no moving point: no student can be the best", stacklevel=2)
         if value > self.best:
             self.best = value
+            self._save_student(trainer, module, BEST)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Training) -> None:
-        if trainer.is_global_zero:
-            self._save_student(trainer, module, LAST)
+        self._save_student(trainer, module, LAST)
         self._save_state(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: Training, exception: BaseException) -> None:
-        state = self.config.output / STATE
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and state.exists():
-            print(f"interrupted; the same command with --resume goes on from {state}")
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            self.interrupted, state = True, self.config.output / STATE
+            print(f"--resume goes on from {state}" if state.exists() else f"{state} was not written yet")
 
     def _save_state(self, trainer: L.Trainer) -> None:
         target = self.config.output / STATE
@@ -308,7 +328,10 @@ class Keep(Callback):
 
     def _save_student(self, trainer: L.Trainer, module: Training, name: str) -> None:
         values = {k.removeprefix("val/"): v.item() for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
-        low, high = module.seen.tolist()
+        seen = module.all_gather(module.seen).view(-1, 2, 4)  # of all processes
+        low, high = seen[:, 0].amin(0).tolist(), seen[:, 1].amax(0).tolist()
+        if not trainer.is_global_zero:
+            return
         save_student(
             self.config.output / name,
             module.student,
@@ -329,12 +352,15 @@ class Report(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: Training) -> None:
         if trainer.is_global_zero:
             value = {name: tensor.item() for name, tensor in trainer.callback_metrics.items()}
+            motion = module.student.settings.motion
+            # The rule needs half of the published channels.
+            has_rule = motion.form == "published" and 2 * (motion.lookahead + 1) >= motion.num_channels
+            rule = f"training-free rule {value['val/rule_moving_iou']:.4f}, " if has_rule else ""
             print(
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
                 f"loss {value.get('train/loss_epoch', float('nan')):.4f}  "
                 f"moving IoU {value['val/moving_iou']:.4f}  "
-                f"(training-free rule {value['val/rule_moving_iou']:.4f}, "
-                f"look-ahead {module.student.settings.motion.lookahead} scans)  "
+                f"({rule}look-ahead {motion.lookahead} scans)  "
                 f"{time.perf_counter() - self.started:.0f} s",
                 flush=True,
             )
@@ -354,9 +380,10 @@ def _counter(what: str):
 def _commit() -> str | None:
     """The commit this code is at, if it lies in a git checkout."""
     here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        top, commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:2]
+        return commit if Path(top) == here.parent else None  # not of a project that this package lies in
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -369,12 +396,14 @@ def fit(config: Config, resume: bool = False) -> Training:
 
     Args:
         config: The run.
-        resume: Go on from the state in `config.output`, if there is one.
+        resume: Go on from the state in `config.output`.
     Returns: the trained module; its student is `.student`.
     Raises: InputError for data or settings that cannot be used, or a loss that is not finite.
     """
     output, state = config.output, config.output / STATE
-    if state.exists() and not resume:
+    if resume and not state.exists():
+        raise InputError(f"{state}: no state to resume from; leave --resume out to start the run")
+    if not resume and any((output / name).exists() for name in (STATE, BEST, LAST)):
         raise InputError(f"{output}: already holds a run; add --resume to go on with it, or choose another output=")
     data = MosData(config)
     if not state.exists():
@@ -394,9 +423,10 @@ def fit(config: Config, resume: bool = False) -> Training:
         "distill": config.distill and config.distill.model_dump(mode="json"),
     }
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*smaller than the logging interval.*")
     # The confusion tables are summed over processes already; the training loss is shown for the first process.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    keep = Keep(config, about)
     bar = [TQDMProgressBar()] if sys.stderr.isatty() else []
     try:
         trainer = L.Trainer(
@@ -407,18 +437,23 @@ def fit(config: Config, resume: bool = False) -> Training:
             max_epochs=config.epochs,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.gradient_clip,
-            callbacks=[Keep(config, about), Report(), LearningRateMonitor("step"), *bar],
+            callbacks=[keep, Report(), LearningRateMonitor("step"), *bar],
             logger=TensorBoardLogger(output, name="", version="tensorboard"),
             enable_checkpointing=False,
             enable_progress_bar=bool(bar),
             enable_model_summary=False,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
-            log_every_n_steps=1,
+            log_every_n_steps=10,
         )
     except MisconfigurationException as error:  # no GPU, or not so many
         raise InputError(f"accelerator {config.accelerator}, devices {config.devices}: {error}") from error
-    trainer.fit(module, data, ckpt_path=state if state.exists() else None, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=state if resume else None, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        if keep.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     if trainer.is_global_zero:
         kept = {BEST: "the student with the highest moving IoU", LAST: "the last one"}
         print("\n".join(f"{output / name}: {what}" for name, what in kept.items() if (output / name).exists()))
@@ -445,7 +480,7 @@ def train(
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. data.root=/data optimizer.lr=0.005"),
     ] = None,
     config: Annotated[str | None, typer.Option(help="YAML file, or the name of one of the project's configs.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output=, if there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output=.")] = False,
 ) -> None:
     """Train or distil a student.
 

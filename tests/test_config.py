@@ -208,7 +208,7 @@ def test_unknown_key_with_a_suggestion(key, match, write):
         ("accelerator=tpu", "accelerator: .*got 'tpu'"),
         ("devices=many", "devices.*got 'many'"),
         ("class_weights=[1, a]", r"class_weights\.1: .*got 'a'"),
-        ("data.train='00'", r"data\.train: .*tuple, got '00'"),
+        ("data.train={a: 1}", r"data\.train.*got {'a': 1}"),
         ("data.drop_static_scans=3", r"data\.drop_static_scans.*got 3"),
         ("distill.loss=kld", r"distill\.loss: .*'wdcd'.*got 'kld'"),
         ("student=kdmos", "student: .*got 'kdmos'"),
@@ -324,3 +324,9 @@ def test_names_like_numbers_survive(write):
     for name in ("00", "08", "1_0", "1:30", "yes", "null", "~", "0x1", "1e3", "", " 1"):
         config = load_config(None, [f"data.train=['{name}']"])
         assert load_config(write(dump_config(config))).data.train == (name,)
+
+
+def test_another_loss_does_not_inherit_the_options_of_the_yaml_s_loss():
+    assert load_config("semantic_kitti", ["distill.loss=dkd"]).distill.options == {}
+    given = load_config("semantic_kitti", ["distill.loss=dkd", "distill.options={beta: 2}"])
+    assert given.distill.options == {"beta": 2}

@@ -12,9 +12,9 @@ import torch
 from kdmos import predict
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.errors import InputError
-from kdmos.models import build_student, load_student, save_student
+from kdmos.models import Student, build_student, load_student, save_student
 from kdmos.motion import motion_channels
-from kdmos.settings import MotionSettings, PolarGrid
+from kdmos.settings import MotionSettings, PolarGrid, StudentSettings
 
 GRID = PolarGrid(bins=(48, 32, 8))
 
@@ -83,6 +83,29 @@ def test_an_interrupted_run_goes_on_and_other_predictions_are_not_mixed(data, ch
     other = student_file(tmp_path / "other.safetensors", name="motionbev")
     assert run(data, "--checkpoint", other, "--output", output) == 2
     assert "holds predictions with another checkpoint" in capsys.readouterr().err
+
+
+def test_labels_of_unknown_origin_are_not_taken_for_ours(data, checkpoint, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(data, "--checkpoint", "rule", "--output", output) == 0
+    (output / "predict.json").write_text("[]")
+    assert run(data, "--checkpoint", "rule", "--output", output) == 2
+    assert "not a JSON object" in capsys.readouterr().err
+    (output / "predict.json").unlink()
+    assert run(data, "--checkpoint", checkpoint, "--output", output) == 2
+    assert "do not say how they were made" in capsys.readouterr().err
+
+
+def test_any_class_names_will_do_if_one_is_said_to_move(data, tmp_path):
+    torch.manual_seed(0)
+    student = Student(StudentSettings(classes=("mover", "still"), moving=0, grid=GRID)).eval()
+    save_student(tmp_path / "student.safetensors", student)
+    assert run(data, "--checkpoint", tmp_path / "student.safetensors", "--output", tmp_path / "out") == 0
+    (sequence,) = find_sequences(data)
+    scans = [torch.from_numpy(sequence.read_points(frame)) for frame in sequence.frames]
+    with torch.no_grad():
+        (logits,) = student.point_logits(scans[5:6], motion_channels(scans, sequence.poses())[5:6])
+    np.testing.assert_array_equal(labels(tmp_path / "out", 5) == 251, (logits.argmax(1) == 0).numpy())
 
 
 def test_a_bad_scan_is_listed_and_the_rest_goes_on(data, checkpoint, tmp_path, capsys):

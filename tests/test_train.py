@@ -71,27 +71,60 @@ import os, signal, sys
 from kdmos import train
 from kdmos.config import load_config
 
-step, at = train.Training.training_step, eval(sys.argv[1])
+name, epoch, index, sent = sys.argv[1].split()
+step = getattr(train.Training, name)
 
-def dying_step(self, batch, index):
-    if (self.current_epoch, index) == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, index)
+def dying_step(self, batch, batch_index):
+    if (self.current_epoch, batch_index) == (int(epoch), int(index)):
+        os.kill(os.getpid(), getattr(signal, sent))
+    return step(self, batch, batch_index)
 
-train.Training.training_step = dying_step
-train.fit(load_config(None, sys.argv[2:]))
+setattr(train.Training, name, dying_step)
+sys.argv[1:] = sys.argv[2:]
+train.main()
 """
 
 
-@pytest.mark.parametrize("at", ["(0, 3)", "(1, 0)", "(1, 4)"])
-def test_killed_in_mid_epoch_and_resumed_is_the_uninterrupted_run(at, data, tmp_path, uninterrupted):
+def killed(at: str, settings: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", DIES, at, *settings], capture_output=True, text=True, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "training_step 0 3 SIGKILL",
+        "training_step 1 0 SIGKILL",
+        "training_step 1 4 SIGKILL",
+        "validation_step 0 2 SIGKILL",
+    ],
+)
+def test_killed_anywhere_and_resumed_is_the_uninterrupted_run(at, data, tmp_path, uninterrupted):
     settings = [*SMALL, f"data.root={data}", f"output={tmp_path / 'run'}", "data.workers=2"]
-    killed = subprocess.run([sys.executable, "-c", DIES, at, *settings], capture_output=True, env=os.environ)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    dead = killed(at, settings)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
     before = torch.load(tmp_path / "run" / train.STATE, weights_only=True)["global_step"]
     assert 0 < before < 10
     train.fit(load_config(None, settings), resume=True)
     assert_same_weights(weights(tmp_path / "run"), weights(uninterrupted))
+    for name in (train.BEST, train.LAST):
+        one, other = load_student(tmp_path / "run" / name), load_student(uninterrupted / name)
+        assert_same_weights(one.state_dict(), other.state_dict())
+        assert one.header["metrics"] == other.header["metrics"]
+
+
+def test_no_state_is_saved_between_the_batches_of_one_optimizer_step(data, tmp_path):
+    settings = [*SMALL, "accumulate=2", "save_every=1", f"data.root={data}", "data.workers=0"]
+    assert killed("training_step 1 3 SIGKILL", [*settings, f"output={tmp_path / 'run'}"]).returncode == -signal.SIGKILL
+    train.fit(load_config(None, [*settings, f"output={tmp_path / 'run'}"]), resume=True)
+    train.fit(load_config(None, [*settings, f"output={tmp_path / 'whole'}"]))
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_ctrl_c_says_how_to_go_on(data, tmp_path):
+    stopped = killed("training_step 0 3 SIGINT", [*SMALL, f"data.root={data}", f"output={tmp_path}", "data.workers=0"])
+    assert stopped.returncode == 130, stopped.stderr
+    assert f"--resume goes on from {tmp_path / train.STATE}" in stopped.stdout
+    assert stopped.stderr.strip().splitlines()[-1] == "kdmos train: interrupted; what was finished is kept"
 
 
 def test_accumulated_steps_and_a_resumed_longer_run(data, tmp_path):
@@ -106,6 +139,8 @@ def test_accumulated_steps_and_a_resumed_longer_run(data, tmp_path):
 def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(uninterrupted, data):
     with pytest.raises(InputError, match="already holds a run; add --resume"):
         train.fit(config(data, uninterrupted))
+    with pytest.raises(InputError, match="no state to resume from"):
+        train.fit(config(data, uninterrupted / "nothing"), resume=True)
     with pytest.raises(InputError, match="had another optimizer"):
         train.fit(config(data, uninterrupted, "optimizer.lr=0.5"), resume=True)
 
@@ -122,7 +157,7 @@ def test_distillation_reads_the_store(loss, data, tmp_path):
     module = train.fit(config(data, tmp_path / "run", *settings))
     assert module.trainer.callback_metrics["train/distillation"] > 0
     store.path(sequence.scan(3)).unlink()
-    with pytest.raises(InputError, match=r"000003\.safetensors: no logits of teacher 'oracle'"):
+    with pytest.raises(InputError, match=r"000003\.safetensors: no logits of teacher 'oracle' for 1 of 10"):
         train.fit(config(data, tmp_path / "other", *settings))
 
 
@@ -155,6 +190,10 @@ def test_drop_static_scans_writes_the_list_it_trains_on(data, tmp_path):
     module = train.fit(config(data, tmp_path / "run", "data.drop_static_scans=true", "epochs=1"))
     kept = (tmp_path / "run" / "train_scans.txt").read_text().split()
     assert len(kept) == 2 * len(module.trainer.datamodule.train_set)
+    spaced = tmp_path / "a drive"
+    spaced.symlink_to(data)
+    train.fit(config(spaced, tmp_path / "spaced", "data.drop_static_scans=true", "epochs=1"))
+    assert "a drive 000000" in (tmp_path / "spaced" / "train_scans.txt").read_text()
     (tmp_path / "list.txt").write_text("00 000004\n00 000007\n")
     listed = train.fit(config(data, tmp_path / "other", f"data.drop_static_scans={tmp_path / 'list.txt'}", "epochs=1"))
     assert [frame for _, frame in listed.trainer.datamodule.train_set.scans] == [4, 7]
@@ -169,8 +208,10 @@ def test_splits_of_a_data_root(data, tmp_path, write_sequence):
     chosen = load_config(None, [f"data.root={tmp_path / 'root'}", "data.train=['04']"])
     training, validation = train.find_training_sequences(chosen)
     assert [s.name for s in training] == ["04"] and [s.name for s in validation] == ["08"]
-    for path in (tmp_path / "root" / "sequences" / "04" / "labels").iterdir():
-        path.unlink()
+    (tmp_path / "root" / "sequences" / "04" / "labels" / "000001.label").unlink()
+    with pytest.raises(InputError, match=r"000001\.label: missing, .* every scan"):
+        train.find_training_sequences(chosen)
+    (tmp_path / "root" / "sequences" / "04" / "labels" / "000000.label").unlink()
     with pytest.raises(InputError, match="sequence 04 has no labels"):
         train.find_training_sequences(chosen)
 

@@ -81,21 +81,25 @@ def to_classes(raw: np.ndarray, classes: Sequence[str], path: str | Path) -> np.
     return found
 
 
-def to_raw(predicted: np.ndarray, classes: Sequence[str], written: int = 2) -> np.ndarray:
+def to_raw(predicted: np.ndarray, classes: Sequence[str], written: int = 2, moving: int | None = None) -> np.ndarray:
     """Raw labels of predicted classes, as the public SemanticKITTI tools read them.
 
     Args:
         predicted: Class index of each point in this model, any integer type [n].
-        classes: Class names of the model, as for `class_table`.
+        classes: Class names of the model; any, because only moving and "movable" are written apart.
         written: 2 writes moving 251 and everything else 9; 4 also writes movable 250.
+        moving: Index of the moving class; None: of the class named "moving".
     Returns: uint32 [n], every one of them 9, 250 or 251; points without a class (`IGNORE`) get 9.
-    Raises: InputError if `written` is neither 2 nor 4, or the class list is not valid.
+    Raises: InputError if `written` is neither 2 nor 4, or no class is the moving one.
     """
     if written not in (2, 4):
         raise InputError(f"written classes: expected 2 (9, 251) or 4 (9, 250, 251), got {written}")
-    class_table(classes)  # refuses a list without moving
+    if moving is None:
+        if "moving" not in classes:
+            raise InputError(f"classes {list(classes)}: expected 'moving' among them, or the index of the moving one")
+        moving = list(classes).index("moving")
     raw = np.full(len(predicted), _WRITTEN_STATIC, np.uint32)
     if written == 4 and "movable" in classes:
         raw[predicted == classes.index("movable")] = _WRITTEN_MOVABLE
-    raw[predicted == classes.index("moving")] = _WRITTEN_MOVING
+    raw[predicted == moving] = _WRITTEN_MOVING
     return raw

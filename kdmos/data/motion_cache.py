@@ -91,9 +91,8 @@ class MotionCache:
                     progress(done, len(missing))
 
         for index in range(start, stop):
-            points = self.sequence.read_points(frames[index])
-            points[~np.isfinite(points).all(1)] = np.nan  # a point without remission takes no part either
-            channels = stream.push(torch.from_numpy(points).to(device), poses[index])
+            points = torch.from_numpy(self.sequence.read_points(frames[index])).to(device)
+            channels = stream.push(points, poses[index])
             if channels is not None:
                 keep(channels)
         for channels in stream.flush():

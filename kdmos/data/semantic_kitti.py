@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -40,6 +41,23 @@ MAX_ODD_SHARE = 0.01
 RIGID_TOLERANCE = 1e-2
 MIN_MOVING_POINTS = 10  # a scan with more of them is always trained on; of the others every 10th
 KEEP_EVERY = 10
+
+
+def read_manifest(predictions: str | Path) -> dict | None:
+    """What the predictions of a folder were made with, None if their maker did not say.
+
+    Raises: InputError if the note is damaged.
+    """
+    path = Path(predictions) / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: not a JSON object; predict again, or delete it if these are no kdmos predictions")
+    return manifest
 
 
 def split_sequences(split: str, kitti_road: bool = False) -> tuple[str, ...]:
@@ -390,7 +408,7 @@ def _listed_frames(sequence: Sequence, list_file: str | Path) -> tuple[int, ...]
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match = re.fullmatch(r"([^\s/]+)(?:/|\s+)([0-9]+)(?:\s.*)?", line)
+        match = re.fullmatch(r"(.+?)(?:/|\s+)([0-9]+)(?:\s.*)?", line)
         if match is None:
             raise InputError(f"{list_file}: line {number} is '{line[:60]}', expected 'SEQ FRAME' such as '00 000123'")
         if match[1] == sequence.name:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from kdmos import checkpoint
 from kdmos.data.labels import CLASSES
 from kdmos.errors import InputError
 from kdmos.models import published
@@ -64,6 +63,8 @@ def save_student(path: str | Path, student: Student, **about) -> None:
         student: The student.
         about: JSON-able facts for the header: training data, metrics, seed, commit, remission range...
     """
+    from kdmos import checkpoint  # here, so that the networks alone need nothing but torch and numpy
+
     settings = asdict(student.settings)
     checkpoint.save(path, student.state_dict(), {**about, "model": settings.pop("name"), **settings})
 
@@ -83,6 +84,8 @@ def load_student(
         force: Allow another look-ahead than the trained one.
     Raises: InputError naming the file and what does not fit, or another look-ahead without `force`.
     """
+    from kdmos import checkpoint
+
     if str(path) == "rule":
         if lookahead not in (None, Rule().settings.motion.lookahead):
             raise InputError("rule: needs all its channels and so its whole look-ahead of 7 scans")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdmos import ops
 from kdmos.data.batch import pack
 from kdmos.models.blocks import CoAttention, ConvBlock, DropBlock2d, DySample, join
+from kdmos.motion import motion_channels
 from kdmos.ops import GriddedPoints
 from kdmos.settings import STUDENTS, StudentSettings
 
@@ -28,7 +29,8 @@ class StudentOutput(NamedTuple):
     @property
     def point_logits(self) -> Tensor:
         """float [N, C]."""
-        return self.voxel_logits[self.gridded.voxel_rank]
+        # not plain indexing, whose gradient is summed in another order each time
+        return self.voxel_logits.index_select(0, self.gridded.voxel_rank)
 
 
 class PointMlp(nn.Module):
@@ -156,8 +158,13 @@ class Student(nn.Module):
         logits = ops.voxel_head(features, gridded.voxels, self.head.weight, self.head.bias, grid)
         return StudentOutput(logits, gridded)
 
+    def motion_channels(self, scans: list[Tensor], poses: Tensor) -> list[Tensor]:
+        """The motion channels that this student was trained with; see `kdmos.motion.motion_channels`."""
+        motion = self.settings.motion
+        return motion_channels(scans, poses, motion.num_channels, motion.lookahead, motion.form, motion.grid)
+
     def point_logits(self, points: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
-        """Logits of each point of some scans.
+        """Logits of each point of some scans, as one batch: a scan at a time needs the least memory.
 
         Args:
             points: B tensors float32 [n, 4], finite, n > 0.

@@ -155,10 +155,11 @@ def dysample(x: Tensor, offset: Tensor, scale: int, groups: int, circular: bool)
 
 def voxel_head(features: Tensor, voxels: Tensor, weight: Tensor, bias: Tensor, grid: PolarGrid) -> Tensor:
     heights = grid.bins[2]
-    cells, cell_of_voxel = torch.unique_consecutive(voxels // heights, return_inverse=True)
-    columns = features.permute(0, 2, 3, 1).flatten(0, 2)[cells]  # [cells, channels]
-    logits = F.linear(columns, weight.flatten(1), bias).view(len(cells), heights, weight.shape[0] // heights)
-    return logits[cell_of_voxel, voxels % heights]  # [V, classes]
+    # index_select, because the gradient of plain indexing is summed in another order each time
+    columns = features.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, voxels // heights)  # [V, D]
+    logits = F.linear(columns, weight.flatten(1), bias).view(len(voxels), heights, weight.shape[0] // heights)
+    height = (voxels % heights)[:, None, None].expand(-1, 1, logits.shape[2])
+    return logits.gather(1, height)[:, 0]  # [V, classes]
 
 
 def wdcd_loss(
