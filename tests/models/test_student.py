@@ -590,9 +590,14 @@ def test_files_without_a_student_are_refused(tmp_path):
         torch.save(content, tmp_path / name)
         with pytest.raises(InputError, match=rf"{name}: holds no state_dict"):
             load_student(tmp_path / name)
-    for missing in (tmp_path / "nothing.pt", tmp_path / "nothing.safetensors", tmp_path):
+    for missing in (tmp_path / "nothing.pt", tmp_path / "nothing.safetensors"):
         with pytest.raises(InputError, match="no such checkpoint file"):
             load_student(missing)
+    with pytest.raises(InputError, match="a folder; name a file in it"):
+        load_student(tmp_path)
+    (tmp_path / "state.ckpt").touch()
+    with pytest.raises(InputError, match="a training state, to resume from"):
+        load_student(tmp_path / "state.ckpt")
 
 
 # --- Our checkpoints ---------------------------------------------------------------------------------
