@@ -71,6 +71,7 @@ import os, signal, sys
 from kdmos import train
 from kdmos.config import load_config
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 name, epoch, index, sent = sys.argv[1].split()
 step = getattr(train.Training, name)
 
