@@ -1,0 +1,1 @@
+"""Scans, labels, poses and logits on disk; the packed batch; augmentation; the synthetic street."""

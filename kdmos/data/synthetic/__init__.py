@@ -1,0 +1,1 @@
+"""The synthetic LiDAR: ray casting, the sensor, and the street it drives through."""

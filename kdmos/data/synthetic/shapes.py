@@ -1,0 +1,212 @@
+"""What stands and moves in a street, as solids: x forward, y left, z up from the ground, metres."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdmos.data.synthetic.lidar import MATERIAL_INDEX as M
+from kdmos.data.synthetic.raycast import Solid, box, ellipsoid, frustum, limb, polyhedron, prism
+
+Generator = np.random.Generator
+
+
+def _wheels(length: float, width: float, radius: float) -> list[Solid]:
+    places = [(x * 0.31 * length, y * (width / 2 - 0.11)) for x in (-1, 1) for y in (-1, 1)]
+    return [box((x - radius, y - 0.1, 0.0), (x + radius, y + 0.1, 2 * radius), M["rubber"]) for x, y in places]
+
+
+def car(rng: Generator) -> list[Solid]:
+    length, width, height = rng.uniform(3.7, 4.8), rng.uniform(1.65, 1.85), rng.uniform(1.4, 1.6)
+    belt, rear, front, side = rng.uniform(0.78, 0.92), -length / 2, length / 2, width / 2
+    tail = rng.uniform(0.15, 0.7)  # hatchback to saloon
+    window = (rear + tail + 0.3, front - 1.9, 0.2 - side, side - 0.2)
+    return [
+        frustum(
+            (rear, front, -side, side), (rear + 0.05, front - 0.2, 0.05 - side, side - 0.05), (0.22, belt), M["paint"]
+        ),
+        frustum((rear + tail, front - 1.05, 0.06 - side, side - 0.06), window, (belt, height - 0.05), M["glass"]),
+        box((window[0], window[2], height - 0.05), (window[1], window[3], height), M["paint"]),
+        *_wheels(length, width, 0.31),
+    ]
+
+
+def van(rng: Generator) -> list[Solid]:
+    length, width, height = rng.uniform(4.7, 6.0), rng.uniform(1.85, 2.05), rng.uniform(1.9, 2.6)
+    rear, front, side = -length / 2, length / 2, width / 2
+    return [
+        frustum(
+            (rear, front - 0.7, -side, side),
+            (rear + 0.05, front - 1.5, 0.1 - side, side - 0.1),
+            (0.9, height),
+            M["paint"],
+        ),
+        frustum((rear, front, -side, side), (rear, front - 0.3, -side, side), (0.25, 0.9), M["paint"]),
+        *_wheels(length, width, 0.34),
+    ]
+
+
+def truck(rng: Generator) -> list[Solid]:
+    length, height = rng.uniform(7.0, 10.0), rng.uniform(3.0, 3.8)
+    rear, front = -length / 2, length / 2
+    return [
+        box((rear, -1.25, 0.9), (front - 2.3, 1.25, height), M["plaster"]),
+        box((front - 2.0, -1.2, 0.5), (front, 1.2, rng.uniform(2.5, 3.0)), M["paint"]),
+        *_wheels(length, 2.4, 0.48),
+    ]
+
+
+def bus(rng: Generator) -> list[Solid]:
+    half = rng.uniform(5.0, 6.0)
+    return [
+        box((-half, -1.25, 0.35), (half, 1.25, 1.1), M["paint"]),
+        box((-half, -1.25, 1.1), (half, 1.25, 2.3), M["glass"]),
+        box((-half, -1.25, 2.3), (half, 1.25, 3.1), M["paint"]),
+        *_wheels(2 * half, 2.4, 0.48),
+    ]
+
+
+def person(rng: Generator):
+    """Solids of a person as a function of the phase of the step, radians; standing at 0."""
+    size = rng.uniform(0.65, 0.75) if rng.random() < 0.12 else rng.uniform(0.9, 1.08)
+    wide, swing = rng.uniform(0.85, 1.25), rng.uniform(0.8, 1.1)
+    bag = rng.random() < 0.25
+
+    def at(phase: float) -> list[Solid]:
+        step = swing * np.sin(phase) * size
+        solids = [
+            ellipsoid((0, 0, 1.17 * size), (0.13 * wide, 0.21 * wide, 0.36 * size), material=M["cloth"]),
+            ellipsoid((0.02, 0, 1.63 * size), (0.1, 0.09, 0.13), material=M["cloth"]),
+        ]
+        for side, sign in ((0.1, 1), (-0.1, -1)):
+            foot = (0.38 * step * sign, side, 0.03)
+            solids.append(limb((0, side, 0.95 * size), foot, 0.085 * wide, M["cloth"]))
+            hand = (-0.25 * step * sign, 2.9 * side, 0.8 * size)
+            solids.append(limb((0, 2.3 * side * wide, 1.42 * size), hand, 0.055, M["cloth"]))
+        if bag:
+            solids.append(box((-0.28, -0.16, 1.0 * size), (-0.1, 0.16, 1.4 * size), M["cloth"]))
+        return solids
+
+    return at
+
+
+def cyclist(rng: Generator):
+    """Solids of a rider on a bicycle as a function of the phase of the pedals, radians."""
+    lean, size = rng.uniform(0.05, 0.4), rng.uniform(0.92, 1.06)
+    bicycle = _bicycle()
+
+    def at(phase: float) -> list[Solid]:
+        hip, shoulder = np.array([-0.2, 0, 0.92]), np.array([lean - 0.1, 0, 1.45 * size])
+        solids = [*bicycle, limb(hip, shoulder + np.array((0, 0, 0.1)), 0.18, M["cloth"])]
+        solids.append(ellipsoid(shoulder + np.array((0.08, 0, 0.22)), (0.1, 0.09, 0.13), material=M["cloth"]))
+        for side, turn in ((0.12, phase), (-0.12, phase + np.pi)):
+            foot = (0.1 + 0.17 * np.cos(turn), side, 0.3 + 0.17 * np.sin(turn))
+            solids.append(limb(hip + np.array((0, side, 0)), foot, 0.085, M["cloth"]))
+            solids.append(limb(shoulder + np.array((0, 1.5 * side, -0.05)), (0.45, 2 * side, 1.02), 0.05, M["cloth"]))
+        return solids
+
+    return at
+
+
+def _bicycle() -> list[Solid]:
+    return [
+        box((-0.85, -0.03, 0.02), (0.85, 0.03, 0.68), M["metal"], 0.35),
+        box((0.35, -0.28, 0.98), (0.45, 0.28, 1.04), M["metal"]),
+    ]
+
+
+def motorcyclist(rng: Generator):
+    """Solids of a rider on a motorcycle; the phase plays no part."""
+    machine = motorcycle(rng)
+
+    def at(phase: float) -> list[Solid]:
+        rider = [limb((-0.35, 0, 0.75), (0.1, 0, 1.5), 0.22, M["cloth"])]
+        rider.append(ellipsoid((0.15, 0, 1.6), (0.14, 0.12, 0.15), material=M["paint"]))
+        rider += [limb((-0.3, side, 0.85), (0.15, 1.3 * side, 0.35), 0.1, M["cloth"]) for side in (-0.17, 0.17)]
+        return [*machine, *rider]
+
+    return at
+
+
+def motorcycle(rng: Generator) -> list[Solid]:
+    return [
+        box((-1.0, -0.08, 0.0), (1.0, 0.08, 0.62), M["rubber"], 0.7),
+        ellipsoid((0.05, 0, 0.65), (0.75, 0.2, 0.3), material=M["paint"]),
+        box((0.45, -0.35, 0.98), (0.55, 0.35, 1.05), M["metal"]),
+    ]
+
+
+def bicycle(rng: Generator) -> list[Solid]:
+    return _bicycle()
+
+
+def tree(rng: Generator) -> tuple[list[Solid], list[Solid]]:
+    """Trunk and crown."""
+    base, wide = rng.uniform(1.6, 3.5), rng.uniform(1.0, 2.6)
+    crown = []
+    for _ in range(rng.integers(2, 4)):
+        centre = (*rng.normal(0, 0.35 * wide, 2), base + rng.uniform(0.5, 1.3) * wide)
+        radii = wide * rng.uniform(0.7, 1.1, 3)
+        crown.append(ellipsoid(centre, radii, material=M["leaves"], fill=rng.uniform(0.2, 0.5)))
+    return [prism(rng.uniform(0.08, 0.25), (0.0, base + wide), material=M["bark"])], crown
+
+
+def bush(rng: Generator) -> list[Solid]:
+    wide, high = rng.uniform(0.4, 1.3), rng.uniform(0.4, 1.1)
+    return [ellipsoid((0, 0, 0.8 * high), (wide, wide * rng.uniform(0.7, 1.3), high), material=M["leaves"], fill=0.6)]
+
+
+def wood(wide: float, rng: Generator) -> list[Solid]:
+    """The edge of a wood or a row of tall bushes."""
+    places = np.arange(-wide / 2, wide / 2, 3.0)
+    return [
+        ellipsoid((x, rng.normal(0, 1), 0.9 * high), (2.2, 2.0, high), material=M["leaves"], fill=0.4)
+        for x, high in zip(places, rng.uniform(1.5, 5.0, len(places)))
+    ]
+
+
+def building(length: float, depth: float, rng: Generator) -> list[Solid]:
+    """A block of the given footprint, its front at y = 0, reaching to y = -depth; half of them with a gable."""
+    height, half = rng.uniform(3.0, 13.0), length / 2
+    solids = [box((-half, -depth, -1.0), (half, 0, height), M["plaster"])]
+    if rng.random() < 0.5:
+        rise, over = rng.uniform(0.6, 1.1) * depth / 2, 0.4
+        ridge, eaves = height + rise, height - 0.2
+        slope = rise / (depth / 2)
+        planes = [[0, 1, 1 / slope, (ridge / slope) - depth / 2], [0, -1, 1 / slope, ridge / slope + depth / 2]]
+        planes += [[1, 0, 0, half + over], [-1, 0, 0, half + over], [0, 0, -1, -eaves]]
+        low, high = (-half - over, -depth - over, eaves), (half + over, over, ridge)
+        solids.append(polyhedron(planes, low, high, M["wood"]))
+    for x in np.arange(-half + 1.5, half - 1.5, rng.uniform(2.5, 5.0)):  # doors, bays and balconies
+        if rng.random() < 0.3:
+            bottom = rng.choice([-1.0, 0.9, 2.8])
+            top = min(bottom + rng.uniform(1.2, 3.2), height)
+            solids.append(box((x - 0.7, 0, bottom), (x + 0.7, rng.uniform(0.1, 0.9), top), M["plaster"]))
+    return solids
+
+
+def barrier(length: float, rng: Generator) -> tuple[list[Solid], int]:
+    """A wall, fence or hedge along x, and its raw id."""
+    half, kind = length / 2, rng.integers(3)
+    if kind == 0:
+        return [box((-half, -0.12, -0.5), (half, 0.12, rng.uniform(0.6, 2.2)), M["plaster"])], 52
+    if kind == 1:
+        return [box((-half, -0.04, 0.0), (half, 0.04, rng.uniform(0.9, 1.8)), M["wood"], rng.uniform(0.3, 0.9))], 51
+    wide = rng.uniform(0.25, 0.6)
+    return [box((-half, -wide, 0.0), (half, wide, rng.uniform(0.8, 2.2)), M["leaves"], 0.9)], 70
+
+
+def lamp(rng: Generator) -> list[Solid]:
+    return [prism(rng.uniform(0.06, 0.12), (0.0, rng.uniform(4.5, 8.0)), material=M["metal"])]
+
+
+def sign(rng: Generator) -> tuple[list[Solid], list[Solid]]:
+    """Pole and plate."""
+    high, half = rng.uniform(2.0, 2.6), rng.uniform(0.25, 0.4)
+    plate = box((-0.02, -half, high), (0.02, half, high + 2 * half), M["sign"])
+    return [prism(0.035, (0.0, high + 2 * half), sides=6, material=M["metal"])], [plate]
+
+
+def clutter(rng: Generator) -> list[Solid]:
+    """A bin, box, bollard or bench."""
+    x, y, z = rng.uniform(0.1, 0.8), rng.uniform(0.1, 0.4), rng.uniform(0.4, 1.3)
+    return [box((-x, -y, 0.0), (x, y, z), M["metal"])]
