@@ -86,6 +86,7 @@ class Config(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     student: StudentSettings = StudentSettings()
+    init: File | None = None  # weights to start from: a student's .safetensors or the authors' .pt; null: random
     augment: AugmentConfig = AugmentConfig()
     class_weights: tuple[float, ...] | None = None  # of the cross-entropy, one per class
     distill: DistillConfig | None = None  # null: learn from the labels alone

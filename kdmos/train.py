@@ -5,6 +5,8 @@ In order: the data, the model and its losses, what is kept, the run.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -33,8 +35,9 @@ from kdmos.data.semantic_kitti import Sequence, drop_static_scans, find_sequence
 from kdmos.data.teacher_logits import TeacherLogits
 from kdmos.errors import InputError
 from kdmos.losses import DISTILLATION, cross_entropy, lovasz_softmax
-from kdmos.models import Student, StudentOutput, save_student
+from kdmos.models import Student, StudentOutput, load_student, save_student
 from kdmos.motion import moving_by_rule, warn_of_incomplete
+from kdmos.settings import STUDENTS, StudentSettings
 
 try:
     import lightning as L
@@ -80,6 +83,18 @@ def find_training_sequences(config: Config) -> tuple[list[Sequence], list[Sequen
     return train, valid
 
 
+def _check_classes(teacher: TeacherLogits, classes: tuple[str, ...]) -> None:
+    """Logits in another order of classes would teach the wrong ones; a store made by hand may not say its order."""
+    path, header = next(teacher.headers(), (None, {}))
+    settings = header.get("settings")
+    theirs = settings.get("classes") if isinstance(settings, dict) else None
+    if theirs is not None and list(theirs) != list(classes):
+        raise InputError(
+            f"{path}: the teacher's classes are {', '.join(map(str, theirs))}, the student's {', '.join(classes)}; "
+            "they must be the same in the same order"
+        )
+
+
 class MosData(L.LightningDataModule):
     """Reads what `config.data` names; builds the motion caches first."""
 
@@ -115,8 +130,11 @@ class MosData(L.LightningDataModule):
         if missing:
             raise InputError(
                 f"{teacher.path(missing[0])}: no logits of teacher '{distill.teacher}' for {len(missing)} of "
-                f"{len(train)} training scans; store them with kdmos.data.teacher_logits, or train with distill=null"
+                f"{len(train)} training scans; cache them: kdmos teach {self.config.data.root} --checkpoint FILE "
+                f"--output {distill.logits} --name {distill.teacher} (or train with distill=null)"
             )
+        if teacher is not None:
+            _check_classes(teacher, classes)
         valid = [(s, f) for s in self.valid_sequences for f in s.frames]
         if len(valid) < self.trainer.world_size:
             raise InputError(f"devices: {self.trainer.world_size} processes for {len(valid)} validation scans")
@@ -143,6 +161,27 @@ class MosData(L.LightningDataModule):
 # --- the model and its losses
 
 
+def initial_weights(path: Path, settings: StudentSettings) -> dict[str, Tensor]:
+    """The weights of a checkpoint for a student with these settings.
+
+    Its polar grid may have other rings and sectors, and its motion channels another look-ahead: train coarse first.
+    Raises: InputError naming all that does not fit.
+    """
+    student = load_student(path)
+    if not isinstance(student, Student):
+        raise InputError(f"init={path}: the rule has no weights to start from")
+
+    def facts(of: StudentSettings) -> dict:
+        numbers = {"K": of.motion.num_channels, "height bins": of.grid.bins[2]}
+        return {"classes": list(of.classes), "moving class": of.moving, **numbers, "upsampler": STUDENTS[of.name]}
+
+    theirs, ours = facts(student.settings), facts(settings)
+    wrong = [f"{what} {theirs[what]} instead of {ours[what]}" for what in ours if theirs[what] != ours[what]]
+    if wrong:
+        raise InputError(f"init={path}: does not fit this run's student: {'; '.join(wrong)}")
+    return student.state_dict()
+
+
 class Training(L.LightningModule):
     """A student, its losses and its optimiser.
 
@@ -155,6 +194,8 @@ class Training(L.LightningModule):
         self.config = config
         torch.manual_seed(config.seed)
         self.student = Student(config.student)
+        if config.init is not None:
+            self.student.load_state_dict(initial_weights(config.init, config.student))
         classes = config.student.classes
         # A model without an unlabeled class has no class to ignore; its unlabeled points carry 255.
         self.ignore_index = classes.index("unlabeled") if "unlabeled" in classes else -100
@@ -391,6 +432,14 @@ def _commit() -> str | None:
 # --- the run
 
 
+def keep_memory() -> None:
+    """Have the C library keep freed memory for the next step: giving it back and forth is 15 % of a CPU step."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own ...
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and nothing is given back
+
+
 def fit(config: Config, resume: bool = False) -> Training:
     """Train as the config says; everything is written to `config.output`.
 
@@ -400,6 +449,7 @@ def fit(config: Config, resume: bool = False) -> Training:
     Returns: the trained module; its student is `.student`.
     Raises: InputError for data or settings that cannot be used, or a loss that is not finite.
     """
+    keep_memory()
     output, state = config.output, config.output / STATE
     if resume and not state.exists():
         raise InputError(f"{state}: no state to resume from; leave --resume out to start the run")
@@ -408,7 +458,8 @@ def fit(config: Config, resume: bool = False) -> Training:
     data = MosData(config)
     if not state.exists():
         data.scan_list.unlink(missing_ok=True)  # of a run that never came to its first save
-    module = Training(config)
+    # The state of a resumed run has its weights; where they once began may be gone.
+    module = Training(config.model_copy(update={"init": None}) if resume else config)
     resolved = output / "config.yaml"
     if state.exists() and resolved.exists():
         _check_same(load_config(resolved), config, resolved)
@@ -418,6 +469,7 @@ def fit(config: Config, resume: bool = False) -> Training:
         "version": __version__,
         "commit": _commit(),
         "seed": config.seed,
+        "init": config.init and str(config.init),
         "training_data": [sequence.name for sequence in data.train_sequences],
         "validation_data": [sequence.name for sequence in data.valid_sequences],
         "distill": config.distill and config.distill.model_dump(mode="json"),

@@ -162,6 +162,18 @@ def test_distillation_reads_the_store(loss, data, tmp_path):
         train.fit(config(data, tmp_path / "other", *settings))
 
 
+def test_a_teacher_with_its_classes_in_another_order_is_refused(data, tmp_path):
+    (sequence,) = find_sequences(data)
+    store = TeacherLogits(tmp_path / "logits", "mixed")
+    swapped = {"classes": ["static", "unlabeled", "movable", "moving"]}
+    for frame in sequence.frames:
+        logits = np.zeros((len(sequence.read_points(frame)), 4))
+        store.write(sequence.scan(frame), sequence.points_path(frame), logits, swapped)
+    settings = [f"distill.logits={tmp_path / 'logits'}", "distill.teacher=mixed", "epochs=1"]
+    with pytest.raises(InputError, match="teacher's classes are static, unlabeled, movable, moving"):
+        train.fit(config(data, tmp_path / "run", *settings))
+
+
 def test_two_classes_train_without_an_unlabeled_one_and_refuse_wdcd(data, tmp_path):
     classes = "student.classes=[static, moving]"
     module = train.fit(config(data, tmp_path / "run", classes, "student.name=motionbev", "epochs=1"))
@@ -239,3 +251,46 @@ def test_two_epochs_on_a_real_drive_lower_the_loss(realdata, tmp_path, capsys):
     rule = float(re.search(r"training-free rule (\d\.\d+)", printed).group(1))
     assert 0.3 < rule < 0.5  # in 16 scans, most lack some of the channels: 7 before and 7 after
     print(json.dumps({"loss": [first, second], "rule": rule}))
+
+
+def test_a_run_starts_from_the_weights_of_a_coarser_one(uninterrupted, data, tmp_path):
+    first = tmp_path / "first.safetensors"
+    first.write_bytes((uninterrupted / train.LAST).read_bytes())
+    finer = ["student.grid.bins=[64,40,8]", "student.motion.lookahead=3", f"init={first}", "epochs=1"]
+    settings = config(data, tmp_path / "run", *finer)
+    assert_same_weights(train.Training(settings).student.state_dict(), load_student(first).state_dict())
+    train.fit(settings)
+    student = load_student(tmp_path / "run" / train.LAST)
+    assert student.settings == settings.student
+    assert student.header["init"] == str(first)
+    # The state has the weights: a resumed run needs the file no more.
+    first.unlink()
+    train.fit(config(data, tmp_path / "run", *finer, "epochs=2"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ("student.grid.bins=[48,32,6]", "height bins 8 instead of 6"),
+        ("student.motion.num_channels=6", "K 8 instead of 6"),
+        ("student.name=motionbev", "upsampler dysample instead of transposed"),
+        (
+            "student.classes=[unlabeled, static, moving]",
+            r"classes \['unlabeled', 'static', 'movable', 'moving'\] instead of \['unlabeled', 'static', 'moving'\]; "
+            "moving class 3 instead of 2",
+        ),
+        ("student.moving=2", "moving class 3 instead of 2"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(other, difference, uninterrupted, data, tmp_path):
+    init = uninterrupted / train.LAST
+    with pytest.raises(InputError, match=rf"^init={init}: does not fit this run's student: {difference}$"):
+        train.fit(config(data, tmp_path, other, f"init={init}"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_is_no_student_is_refused(data, tmp_path):
+    with pytest.raises(InputError, match="no such checkpoint file"):
+        train.fit(config(data, tmp_path, f"init={tmp_path / 'nothing.safetensors'}"))
+    with pytest.raises(InputError, match="init=rule: the rule has no weights to start from"):
+        train.fit(config(data, tmp_path, "init=rule"))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kdmos.motion import moving_by_rule
-from kdmos.settings import StudentSettings
+from kdmos.settings import MotionSettings, StudentSettings
 
 
 class RuleOutput(NamedTuple):
@@ -20,11 +20,14 @@ class Rule(nn.Module):
     """A point moves if at least half of its published motion channels are non-zero.
 
     Has what a `Student` offers for prediction: `settings`, `classes`, `moving`, `forward`. It cannot be trained.
+
+    Args:
+        motion: Its motion channels; None: the published ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, motion: MotionSettings | None = None) -> None:
         super().__init__()
-        self.settings = StudentSettings(classes=("static", "moving"))
+        self.settings = StudentSettings(classes=("static", "moving"), motion=motion or MotionSettings())
         self.classes, self.moving, self.header = self.settings.classes, self.settings.moving, {}
 
     def forward(self, points: Tensor, offsets: Tensor, residual: Tensor) -> RuleOutput:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdmos import ops
 from kdmos.data.batch import pack
-from kdmos.models.blocks import CoAttention, ConvBlock, DropBlock2d, DySample, join
+from kdmos.models.blocks import CoAttention, ConvBlock, DropBlock2d, Dropout, DySample, pad_to
 from kdmos.motion import motion_channels
 from kdmos.ops import GriddedPoints
 from kdmos.settings import STUDENTS, StudentSettings
@@ -75,7 +75,7 @@ class DecoderLevel(nn.Module):
         self.drop = DropBlock2d()
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.drop(self.block(join(self.up(x), skip)))
+        return self.drop(self.block(skip, pad_to(self.up(x), skip)))
 
 
 class DualBranchUNet(nn.Module):
@@ -120,8 +120,9 @@ class Student(nn.Module):
         self.point_mlp = PointMlp()
         self.compress = nn.Linear(256, 32)
         self.unet = DualBranchUNet(settings.motion.num_channels, STUDENTS[settings.name])
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = Dropout()
         self.head = nn.Conv2d(32, settings.grid.bins[2] * len(settings.classes), kernel_size=1)
+        self.to(memory_format=torch.channels_last)  # as the ops lay out their results: twice as fast on a CPU
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -49,22 +49,38 @@ def voxel_label(voxel_rank: Tensor, labels: Tensor, num_voxels: int, num_classes
     return winner.masked_fill(winner == num_classes, 255).to(torch.uint8)
 
 
-def polar_scatter(features: Tensor, cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
-    num_points, channels = features.shape
-    with torch.no_grad():
-        values = features.detach()
+class CellMaximum(torch.autograd.Function):
+    """`polar_scatter`; the gradient goes to one point, the one named by argmax."""
+
+    @staticmethod
+    def forward(ctx, features: Tensor, cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+        num_points, channels = ctx.shape = features.shape
         inside = (cell >= 0) & (cell < num_cells)
         target = torch.where(inside, cell, num_cells)[:, None].expand(-1, channels)  # last row: padding
         largest = features.new_full((num_cells + 1, channels), -math.inf)
-        largest.scatter_reduce_(0, target, values, "amax")
-        is_largest = (values == largest.gather(0, target)) | values.isnan()  # NaN is passed on, not lost
-        point = torch.arange(num_points, device=cell.device)[:, None].expand(-1, channels)
-        argmax = torch.full((num_cells + 1, channels), num_points, device=cell.device)
-        argmax.scatter_reduce_(0, target, torch.where(is_largest, point, num_points), "amin")
-        argmax = argmax[:num_cells]
-    # The gradient goes to one point, the one named by argmax; an empty cell reads a row of zeros.
-    maximum = torch.cat([features, features.new_zeros(1, channels)]).gather(0, argmax)
-    return maximum, argmax.masked_fill(argmax == num_points, -1)
+        largest.scatter_reduce_(0, target, features, "amax")
+        # The number of each point, N higher if another is larger: as floats, which torch reduces far quicker.
+        exact = torch.float32 if num_points < 2**23 else torch.float64
+        point = torch.arange(num_points, device=cell.device, dtype=exact)[:, None]
+        point = (largest.gather(0, target) > features).to(exact).mul_(num_points).add_(point)
+        argmax = point.new_full((num_cells + 1, channels), num_points)
+        argmax = argmax.scatter_reduce_(0, target, point, "amin")[:num_cells].long()
+        empty = argmax == num_points
+        ctx.save_for_backward(argmax)
+        argmax = argmax.masked_fill(empty, -1)
+        ctx.mark_non_differentiable(argmax)
+        return largest[:num_cells].masked_fill(empty, 0.0), argmax
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _) -> tuple[Tensor, None, None]:
+        (argmax,) = ctx.saved_tensors
+        num_points, channels = ctx.shape
+        points = gradient.new_zeros(num_points + 1, channels)  # last row: of empty cells
+        return points.scatter_(0, argmax, gradient)[:num_points], None, None
+
+
+def polar_scatter(features: Tensor, cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    return CellMaximum.apply(features, cell, num_cells)
 
 
 def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid) -> Tensor:

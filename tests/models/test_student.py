@@ -16,7 +16,7 @@ from kdmos import checkpoint, ops
 from kdmos.errors import InputError
 from kdmos.losses import WDCD, cross_entropy, lovasz_softmax
 from kdmos.models import DySample, Student, build_student, load_student, published, save_student
-from kdmos.models.blocks import CircularConv2d, DropBlock2d, join
+from kdmos.models.blocks import CircularConv2d, DropBlock2d, Dropout, WrapAround, join
 from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings
 
 SMALL = PolarGrid(bins=(41, 24, 8))
@@ -694,3 +694,41 @@ def test_our_files_that_do_not_fit_are_refused(tmp_path):
     save_file({"layer.weight": torch.zeros(3)}, path)
     with pytest.raises(InputError, match=r"student\.safetensors: not a student"):
         load_student(path)
+
+
+# --- What the blocks do quicker than torch's own layers ------------------------------------------------
+
+
+def test_wrapped_and_joined_in_one_copy():
+    """Equal to torch.cat and a circular F.pad, values and gradients, whatever the layout of the parts."""
+    torch.manual_seed(0)
+    parts = [torch.randn(2, channels, 3, 5, dtype=torch.float64, requires_grad=True) for channels in (2, 3)]
+    laid_out = [parts[0], parts[1].to(memory_format=torch.channels_last)]
+    joined = WrapAround.apply(*laid_out)
+    assert joined.is_contiguous(memory_format=torch.channels_last)
+    expected = F.pad(torch.cat(parts, 1), (1, 1, 0, 0), mode="circular")
+    assert torch.equal(joined, expected)
+    weight = torch.randn_like(expected)
+    for gradient, wanted in zip(*(torch.autograd.grad((out * weight).sum(), parts) for out in (joined, expected))):
+        assert_close(gradient, wanted)
+
+
+def test_weights_and_features_are_channels_last():
+    student = small_student()
+    seen = []
+    student.dropout.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    points, residual = random_scan(300)
+    student.point_logits([points], [residual])
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    convolutions = [m for m in student.modules() if isinstance(m, CircularConv2d)]
+    assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions)
+
+
+def test_dropout_drops_half_and_doubles_the_rest():
+    torch.manual_seed(0)
+    x = torch.ones(1, 4, 50, 50, requires_grad=True)
+    out = Dropout()(x)
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+    assert abs(out.mean().item() - 1) < 0.05  # 10,000 draws: five standard deviations
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out)
+    assert Dropout().eval()(x) is x
