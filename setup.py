@@ -13,5 +13,5 @@ setup(
     packages=[*find_packages(include=["kdmos", "kdmos.*"]), "kdmos.configs", "kdmos.benchmarks"],
     package_dir={"kdmos.configs": "configs", "kdmos.benchmarks": "benchmarks"},
     include_package_data=False,
-    package_data={"kdmos.configs": ["*.yaml"]},
+    package_data={"kdmos": ["weights/*"], "kdmos.configs": ["*.yaml"]},
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import warnings
 import zipfile
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -18,12 +16,15 @@ import typer
 from rich.progress import Progress
 
 from kdmos.checkpoint import write_atomic
-from kdmos.command import listed, run
+from kdmos.command import run
 from kdmos.data.labels import to_raw
-from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, find_sequences, read_manifest, split_sequences
+from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, read_manifest
 from kdmos.errors import InputError
-from kdmos.models import Rule, Student, load_student
-from kdmos.motion import MotionStream, warn_of_incomplete
+from kdmos.inference import ScanLogits, asked_sequences, choose_device, fingerprint, sequence_logits
+from kdmos.models import SHIPPED, Rule, Student, load_student
+from kdmos.motion import warn_of_incomplete
+
+CARD = "kdmos/weights/synthetic.md"
 
 
 class ScanResult(NamedTuple):
@@ -37,7 +38,6 @@ class ScanResult(NamedTuple):
     moving_probability: np.ndarray
 
 
-@torch.inference_mode()
 def predict_sequence(
     student: Student | Rule, sequence: Sequence, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
 ) -> Iterator[tuple[int, ScanResult | InputError | None]]:
@@ -53,36 +53,16 @@ def predict_sequence(
     Yields: (frame, result or error).
     Raises: InputError if the poses are missing or wrong.
     """
-    poses, stream = sequence.poses(), MotionStream(student.settings.motion)
-    waiting: deque[tuple[int, torch.Tensor, np.ndarray | InputError]] = deque()
+    for frame, scan in sequence_logits(student, sequence, device, skip):
+        yield frame, _result(scan, student.moving) if isinstance(scan, ScanLogits) else scan
 
-    def answer(residual: torch.Tensor) -> tuple[int, ScanResult | InputError | None]:
-        frame, points, finite = waiting.popleft()
-        if isinstance(finite, InputError) or frame in skip:
-            return frame, finite if isinstance(finite, InputError) else None
-        offsets = torch.tensor([0, len(points)], device=points.device)
-        logits = student(points, offsets, residual).point_logits.float()
-        predicted = np.full(len(finite), -1, np.int64)
-        probability = np.zeros(len(finite), np.float32)
-        predicted[finite] = logits.argmax(1).cpu().numpy()
-        probability[finite] = logits.softmax(1)[:, student.moving].cpu().numpy()
-        return frame, ScanResult(predicted, probability)
 
-    for frame, pose in zip(sequence.frames, poses):
-        try:
-            points = sequence.read_points(frame)
-            finite = np.isfinite(points).all(1)
-        except InputError as error:
-            points, finite = np.zeros((0, 4), np.float32), error
-        else:
-            points = points if finite.all() else points[finite]
-        points = torch.from_numpy(points).to(device)
-        waiting.append((frame, points, finite))
-        residual = stream.push(points, pose)
-        if residual is not None:
-            yield answer(residual)
-    for residual in stream.flush():
-        yield answer(residual)
+def _result(scan: ScanLogits, moving: int) -> ScanResult:
+    predicted = np.full(len(scan.finite), -1, np.int64)
+    probability = np.zeros(len(scan.finite), np.float32)
+    predicted[scan.finite] = scan.logits.argmax(1).cpu().numpy()
+    probability[scan.finite] = scan.logits.softmax(1)[:, moving].cpu().numpy()
+    return ScanResult(predicted, probability)
 
 
 def predict_data(
@@ -148,6 +128,18 @@ def _complete(output: Path, sequence: Sequence, frame: int, scores: bool) -> boo
     return all(file.is_file() and file.stat().st_size == width * num_points for file, width in sizes)
 
 
+def made_with(student: Student | Rule, checkpoint: str | Path, source: str | Path, classes: int = 2) -> dict:
+    """What predictions depend on, for the note beside them."""
+    motion = student.settings.motion
+    return {
+        "source": str(Path(source).resolve()),
+        "checkpoint": fingerprint(checkpoint),
+        "classes": classes,
+        "form": motion.form,
+        "lookahead": motion.lookahead,
+    }
+
+
 def _check_manifest(output: Path, manifest: dict | None) -> None:
     """Predictions made otherwise, or by nobody knows what, are neither taken for ours nor overwritten."""
     if manifest is None:
@@ -176,29 +168,12 @@ def zip_predictions(output: Path, sequences: list[Sequence]) -> Path:
     return target
 
 
-def _fingerprint(checkpoint: Path) -> str:
-    if not checkpoint.is_file():
-        return str(checkpoint)  # one that load_student knows by name
-    return hashlib.blake2b(checkpoint.read_bytes(), digest_size=16).hexdigest()
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the GPU if torch can use one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
-    return device
-
-
 def predict(
     source: Annotated[Path, typer.Argument(help="SemanticKITTI data root, or one sequence folder with velodyne/.")],
     checkpoint: Annotated[
-        Path, typer.Option(help="A student: .safetensors, the authors' .pt, or rule (training-free).")
-    ],
+        Path,
+        typer.Option(help="A student: .safetensors, the authors' .pt, synthetic (shipped), or rule (training-free)."),
+    ] = Path("synthetic"),
     output: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
     sequences: Annotated[str | None, typer.Option(help="Names, e.g. 11,12; all by default.")] = None,
     split: Annotated[str | None, typer.Option(help="train, valid or test instead of names.")] = None,
@@ -218,24 +193,15 @@ def predict(
     """
     if classes not in (2, 4):
         raise InputError(f"--classes {classes}: 2 (9, 251) or 4 (also 250 for movable)")
-    if split and sequences:
-        raise InputError("--split and --sequences exclude each other")
-    names = split_sequences(split) if split else listed(sequences, "--sequences")
-    found = find_sequences(source, names)
-    for sequence in found:
-        sequence.poses()  # all that can be wrong with them, before the first scan
+    found = asked_sequences(source, sequences, split)
     where = choose_device(device)
     student = load_student(checkpoint, where, lookahead=lookahead, force=force)
+    if str(checkpoint) in SHIPPED:
+        print(f"student '{checkpoint}', shipped with kdmos: trained on synthetic scans alone (its card: {CARD})")
     if classes == 4 and "movable" not in student.classes:
         raise InputError(f"--classes 4: {checkpoint} knows only {', '.join(student.classes)}")
     motion = student.settings.motion
-    manifest = {
-        "source": str(source.resolve()),
-        "checkpoint": _fingerprint(checkpoint),
-        "classes": classes,
-        "form": motion.form,
-        "lookahead": motion.lookahead,
-    }
+    manifest = made_with(student, checkpoint, source, classes)
     done, lost = predict_data(student, found, output, where, classes, scores, manifest)
     print(f"{done} scans labelled in {output} ({motion.form} motion channels, look-ahead {motion.lookahead} scans)")
     if zip:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kdmos.data.semantic_kitti import POINT_BYTES
 from kdmos.errors import InputError
 
 FORMAT_VERSION = 1
-_REMEDY = "delete it and cache the teacher's logits again"
+REMEDY = "cache the teacher's logits again"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class TeacherLogits:
         header, logits = self._read(scan)
         path = self.path(scan)
         if header["num_points"] != num_points:
-            raise InputError(f"{path}: logits of {header['num_points']} points, the scan has {num_points}; {_REMEDY}")
+            raise InputError(f"{path}: logits of {header['num_points']} points, the scan has {num_points}; {REMEDY}")
         if header["num_classes"] != num_classes:
             raise InputError(
                 f"{path}: the teacher has {header['num_classes']} classes, the student {num_classes}; choose a "
@@ -114,8 +115,25 @@ class TeacherLogits:
     def verify(self, scan: ScanId, scan_path: str | Path) -> dict:
         """Header of a sound file of this very scan, numbers and settings decoded; InputError as in `read`."""
         header, _ = self._read(scan)
-        self._check_scan(header, scan, scan_path)
+        content = _scan_bytes(scan_path)
+        self._check_scan(header, scan, scan_path, content)
+        if header["num_points"] * POINT_BYTES != len(content):
+            raise InputError(f"{self.path(scan)}: {header['num_points']} rows, not one for each point; {REMEDY}")
         return header
+
+    def headers(self) -> Iterator[tuple[Path, dict]]:
+        """(path, header) of every file of this teacher, decoded as in `verify`.
+
+        Their payload is not looked at. Files that have no readable header are left out; `teacher` may be another
+        than ours if a folder was renamed.
+        """
+        for path in sorted((Path(self.root) / self.teacher).glob("*/*.safetensors")):
+            try:
+                with safe_open(path, framework="np") as file:
+                    header = _decoded(file.metadata(), path)
+            except (OSError, SafetensorError, InputError):
+                continue
+            yield path, header
 
     def _read(self, scan: ScanId) -> tuple[dict, np.ndarray]:
         """Decoded header and logits of a file that is whole and consistent in itself."""
@@ -128,39 +146,40 @@ class TeacherLogits:
                 f"{path}: no logits of teacher '{self.teacher}' for scan {scan}; cache them first"
             ) from None
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cut short or no file of teacher logits ({error}); {_REMEDY}") from None
-        header = self._decoded(header, path)
+            raise InputError(f"{path}: cut short or no file of teacher logits ({error}); {REMEDY}") from None
+        header = _decoded(header, path)
+        if header["teacher"] != self.teacher:
+            raise InputError(f"{path}: logits of teacher '{header['teacher']}', expected '{self.teacher}'; {REMEDY}")
         shape = (header["num_points"], header["num_classes"])
         if logits.dtype != np.float16 or logits.shape != shape:
             raise InputError(
                 f"{path}: the header says float16 {list(shape)}, the logits are {logits.dtype} "
-                f"{list(logits.shape)}; {_REMEDY}"
+                f"{list(logits.shape)}; {REMEDY}"
             )
         if _hash(logits) != header["checksum"]:
-            raise InputError(f"{path}: damaged: the logits do not match their checksum; {_REMEDY}")
+            raise InputError(f"{path}: damaged: the logits do not match their checksum; {REMEDY}")
         return header, logits
-
-    def _decoded(self, header: dict[str, str] | None, path: Path) -> dict:
-        try:
-            header = dict(header or {})
-            for name in ("format_version", "num_points", "num_classes"):
-                header[name] = int(header[name])
-            header["settings"] = json.loads(header["settings"])
-            version, teacher, _, _ = (header[k] for k in ("format_version", "teacher", "scan_hash", "checksum"))
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{path}: not a file of teacher logits (header: {error}); {_REMEDY}") from None
-        if version != FORMAT_VERSION:
-            raise InputError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {_REMEDY}")
-        if teacher != self.teacher:
-            raise InputError(f"{path}: logits of teacher '{teacher}', expected '{self.teacher}'; {_REMEDY}")
-        return header
 
     def _check_scan(self, header: dict, scan: ScanId, scan_path: str | Path, scan_bytes=None) -> None:
         if header["scan_hash"] != _hash(_scan_bytes(scan_path) if scan_bytes is None else scan_bytes):
             raise InputError(
                 f"{self.path(scan)}: logits of another scan: {scan_path} is not the file that the teacher saw "
-                f"(then named {header.get('scan')}); {_REMEDY}"
+                f"(then named {header.get('scan')}); {REMEDY}"
             )
+
+
+def _decoded(header: dict[str, str] | None, path: Path) -> dict:
+    try:
+        header = dict(header or {})
+        for name in ("format_version", "num_points", "num_classes"):
+            header[name] = int(header[name])
+        header["settings"] = json.loads(header["settings"])
+        version, _, _, _ = (header[k] for k in ("format_version", "teacher", "scan_hash", "checksum"))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a file of teacher logits (header: {error}); {REMEDY}") from None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {REMEDY}")
+    return header
 
 
 def _hash(content: bytes | np.ndarray) -> str:

@@ -15,7 +15,10 @@ from kdmos.models.rule import Rule
 from kdmos.models.student import Student, StudentOutput
 from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings
 
+SHIPPED = {"synthetic": Path(__file__).parent.parent / "weights" / "synthetic.safetensors"}
+
 __all__ = [
+    "SHIPPED",
     "DySample",
     "Rule",
     "Student",
@@ -55,24 +58,30 @@ def build_student(
     return Student(settings)
 
 
-def save_student(path: str | Path, student: Student, **about) -> None:
+def save_student(path: str | Path, student: Student, dtype: torch.dtype | None = None, **about) -> None:
     """Write a student as one `.safetensors` whose header makes it usable anywhere.
 
     Args:
         path: Target file, replaced atomically.
         student: The student.
+        dtype: Of the parameters in the file; float16 halves it. None: as they are.
         about: JSON-able facts for the header: training data, metrics, seed, commit, remission range...
     """
     from kdmos import checkpoint  # here, so that the networks alone need nothing but torch and numpy
 
-    settings = asdict(student.settings)
-    checkpoint.save(path, student.state_dict(), {**about, "model": settings.pop("name"), **settings})
+    settings, weights = asdict(student.settings), student.state_dict()
+    if dtype is not None:  # the statistics of the norms stay as they are: they are few, and their range is wide
+        weights |= {key: value.to(dtype) for key, value in student.named_parameters()}
+    checkpoint.save(path, weights, {**about, "model": settings.pop("name"), **settings})
 
 
 def load_student(
     path: str | Path, device: str | torch.device = "cpu", lookahead: int | None = None, force: bool = False
 ) -> Student | Rule:
-    """A student from our `.safetensors` or from the authors' `.pt`, in eval mode; "rule" is the training-free rule.
+    """A student from our `.safetensors` or from the authors' `.pt`, in eval mode.
+
+    By name: "synthetic", which comes with the package and saw synthetic scans alone, and "rule", the training-free
+    rule.
 
     `student.header` holds all that the file says about itself (empty for the authors' files, whose classes, K and
     upsampler are read off the tensors, and for which the published grid and look-ahead are assumed).
@@ -90,6 +99,7 @@ def load_student(
         if lookahead not in (None, Rule().settings.motion.lookahead):
             raise InputError("rule: needs all its channels and so its whole look-ahead of 7 scans")
         return Rule().to(device).eval()
+    path = SHIPPED.get(str(path), path)
     weights, header = checkpoint.load(path)
     if published.is_published(weights):
         weights, settings = published.convert(weights, str(path))
