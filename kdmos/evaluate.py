@@ -1,6 +1,6 @@
 """`kdmos evaluate`: predictions against labels, counted as the public SemanticKITTI MOS evaluation counts.
 
-In order: what is scored, the counting, the scores, the pictures, the report, the command.
+In order: what is scored, the counting, the scores, the pictures, the report on a terminal and as a page, the command.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import json
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,19 @@ from kdmos.data.semantic_kitti import (
 from kdmos.errors import InputError
 from kdmos.motion import MotionStream, moving_by_rule
 from kdmos.picture import bev_picture, need_matplotlib
+from kdmos.report import (
+    Facts,
+    Figures,
+    Method,
+    Section,
+    build_report,
+    circumstances,
+    curve_charts,
+    scan_picture,
+    score_blocks,
+    training_curves,
+    write_report,
+)
 from kdmos.settings import MotionSettings
 
 NAMES = CLASSES[4]
@@ -41,21 +55,31 @@ RANGES = (0, 10, 20, 30, 40, 50)  # lower bounds, metres of horizontal distance;
 RULE = MotionSettings()  # the published channels, K = 8: they look 7 scans ahead
 PICTURE_EXTENT = 40.0  # metres; beyond, a moving person is a point or two
 FILE_WIDTH = 120  # columns of the report where there is no terminal to ask
+RULE_NAME = "training-free rule"
 
 
 # --- what is scored
 
 
+class Scored(NamedTuple):
+    """A sequence, its frames with labels and predictions, and its frames with labels alone."""
+
+    sequence: Sequence
+    frames: list[int]
+    missing: list[int]
+
+
 def find_scored(
-    data: str | Path, predictions: str | Path, asked: Iterable[str] | None = None
-) -> tuple[list[tuple[Sequence, list[int]]], dict[str, str]]:
-    """Sequences to score with their labelled frames, and why others are left out.
+    data: str | Path, predictions: str | Path, asked: Iterable[str] | None = None, allow_missing: bool = False
+) -> tuple[list[Scored], dict[str, str]]:
+    """Sequences to score with their frames, and why others are left out.
 
     Args:
         data: SemanticKITTI root or bare sequence folder.
         predictions: Folder that holds sequences/<name>/predictions/NNNNNN.label.
         asked: Names of the sequences; None: all that have labels and predictions.
-    Returns: [(sequence, frames)] and {name: reason}, the latter empty if sequences were asked for.
+        allow_missing: Leave out labelled scans without a prediction.
+    Returns: sequences and {name: reason}, the latter empty if sequences were asked for.
     Raises: InputError if nothing can be scored, an asked-for sequence cannot, or a file is missing.
     """
     if not Path(predictions).is_dir():
@@ -68,8 +92,11 @@ def find_scored(
         elif not folder.is_dir():
             left_out[sequence.name] = f"{folder}: no predictions"
         else:
-            _check_complete(sequence, labelled, predictions)
-            scored.append((sequence, labelled))
+            missing = _missing_frames(sequence, labelled, predictions, allow_missing)
+            if len(missing) == len(labelled):
+                left_out[sequence.name] = f"{folder}: no predictions"
+            else:
+                scored.append(Scored(sequence, sorted(set(labelled) - set(missing)), missing))
     if left_out and asked is not None:
         raise InputError(next(iter(left_out.values())))
     if not scored:
@@ -86,8 +113,8 @@ def _labelled_frames(sequence: Sequence) -> list[int]:
     return sorted(int(path.stem) for path in (sequence.folder / "labels").glob("*.label") if path.stem.isdecimal())
 
 
-def _check_complete(sequence: Sequence, labelled: list[int], predictions: str | Path) -> None:
-    """Each label must have its scan and its prediction: a score of the rest would not say that it is one."""
+def _missing_frames(sequence: Sequence, labelled: list[int], predictions: str | Path, allow_missing: bool) -> list[int]:
+    """Labelled frames without a prediction; refused unless allowed, for the score is then one of the rest."""
     lost = sorted(set(labelled) - set(sequence.frames))
     if lost:
         raise InputError(
@@ -95,11 +122,13 @@ def _check_complete(sequence: Sequence, labelled: list[int], predictions: str | 
             f"({len(lost)} of {len(labelled)} label files are without a scan)"
         )
     missing = [frame for frame in labelled if not sequence.prediction_path(predictions, frame).exists()]
-    if missing:
+    if missing and not allow_missing:
         raise InputError(
             f"{sequence.prediction_path(predictions, missing[0])}: no prediction for labelled scan "
-            f"{sequence.scan(missing[0])} ({len(missing)} of {len(labelled)} are missing); predict the whole sequence"
+            f"{sequence.scan(missing[0])} ({len(missing)} of {len(labelled)} are missing); predict the whole sequence, "
+            "or score the rest with --allow-missing"
         )
+    return missing
 
 
 # --- the counting
@@ -123,11 +152,10 @@ class Tally:
         return total
 
 
-def count_sequence(
-    sequence: Sequence, labelled: list[int], predictions: str | Path, rule: bool, advance
-) -> tuple[Tally, Tally, int]:
+def count_sequence(scored: Scored, predictions: str | Path, rule: bool, advance) -> tuple[Tally, Tally, int]:
     """Read a sequence once: tally of the predictions, tally of the rule, and the frame with most moving points."""
-    by_prediction, by_rule, most, fullest = Tally(), Tally(), -1, labelled[0]
+    sequence, known, missing = scored.sequence, set(scored.frames), set(scored.missing)
+    by_prediction, by_rule, most, fullest = Tally(), Tally(), -1, scored.frames[0]
     stream, waiting = MotionStream(RULE), deque()  # truth and ring of the scans whose channels are not complete
     poses = sequence.poses() if rule else None
 
@@ -137,11 +165,15 @@ def count_sequence(
             truth, ring = scan
             by_rule.add(truth, np.where(moving_by_rule(channels).numpy(), MOVING, STATIC), ring)
 
-    # The rule sees unlabelled scans too: they belong to the windows of their neighbours.
-    frames = sequence.frames if rule else labelled
-    known = set(labelled)
-    for index, frame in enumerate(frames):
-        points, scan = sequence.read_points(frame), None
+    # The rule sees scans that are not scored too: they belong to the windows of their neighbours.
+    for index, frame in enumerate(sequence.frames if rule else scored.frames):
+        scan = None
+        try:
+            points = sequence.read_points(frame)
+        except InputError:
+            if frame not in missing:
+                raise
+            points = np.zeros((0, 4), np.float32)  # a scan that kdmos predict could not read either, and took as empty
         if frame in known:
             truth, predicted = read_scan(sequence, frame, predictions, len(points))
             scan = truth, range_ring(points)
@@ -187,6 +219,7 @@ def evaluate_predictions(
     pictures: str | Path | None = None,
     frames: Iterable[int] | None = None,
     progress: bool = False,
+    allow_missing: bool = False,
 ) -> dict:
     """Scores of written predictions, in all and per sequence.
 
@@ -204,13 +237,14 @@ def evaluate_predictions(
         pictures: Folder for a picture per sequence, of the scan with most moving points.
         frames: Frame numbers to draw instead, in each sequence that has them.
         progress: Show a bar on stderr.
+        allow_missing: Score the scans that have predictions where other labelled scans have none.
     Returns: JSON-able dict: `data`, `predictions`, `made_with` (what kdmos predict noted: look-ahead and so on, or
         None), `classes`, `total`, `sequences` {name: scores}, `left_out` {name: reason}, `unlabelled_scans`
-        {name: count} of the scored sequences, `pictures` [path]; with `rule` also `rule` {`motion`, `total`,
-        `sequences`}. Scores are `scans`, `points` (with a label), `moving_points`, `moving_iou`,
-        `moving_precision`, `moving_recall`, `static_iou` (movable included), `iou` {class: IoU}, `by_range`
-        [{`metres`, `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`}]; shares in 0..1, None
-        where there is nothing to count.
+        {name: count} and `missing_predictions` {name: count of labelled scans without one} of the scored sequences,
+        `pictures` [path]; with `rule` also `rule` {`motion`, `total`, `sequences`}. Scores are `scans`, `points`
+        (with a label), `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`, `static_iou` (movable
+        included), `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`, `moving_iou`, `moving_precision`,
+        `moving_recall`}]; shares in 0..1, None where there is nothing to count.
     Raises: InputError naming the file or argument that cannot be used.
     """
     if sequences is not None and split is not None:
@@ -220,27 +254,30 @@ def evaluate_predictions(
     if pictures is not None:
         need_matplotlib()  # now, not after the counting
     asked = split_sequences(split) if split is not None else sequences
-    scored, left_out = find_scored(data, predictions, asked)
+    scored, left_out = find_scored(data, predictions, asked, allow_missing)
     frames = None if frames is None else list(frames)
     made_with = read_manifest(predictions)
-    nowhere = set(frames or ()).difference(*(labelled for _, labelled in scored))
+    nowhere = set(frames or ()).difference(*(one.frames for one in scored))
     if nowhere:
-        raise InputError(f"frame {min(nowhere)}: no scored sequence has labels for it, so it cannot be drawn")
-    for sequence, _ in scored:
+        raise InputError(
+            f"frame {min(nowhere)}: no scored sequence has labels and a prediction for it, so it cannot be drawn"
+        )
+    for sequence, _, _ in scored:
         if rule and not sequence.has_poses:
             raise InputError(f"{sequence.folder / 'poses.txt'}: does not exist, and the rule needs poses")
 
     by_prediction, by_rule, to_draw = {}, {}, []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        task = bar.add_task("", total=sum(len(s.frames if rule else labelled) for s, labelled in scored))
-        for sequence, labelled in scored:
-            bar.update(task, description=f"sequence {sequence.name}")
-            by_prediction[sequence.name], by_rule[sequence.name], fullest = count_sequence(
-                sequence, labelled, predictions, rule, lambda: bar.advance(task)
+        task = bar.add_task("", total=sum(len(one.sequence.frames if rule else one.frames) for one in scored))
+        for one in scored:
+            name = one.sequence.name
+            bar.update(task, description=f"sequence {name}")
+            by_prediction[name], by_rule[name], fullest = count_sequence(
+                one, predictions, rule, lambda: bar.advance(task)
             )
-            chosen = [fullest] if frames is None else [frame for frame in frames if frame in labelled]
-            to_draw += [(sequence, frame) for frame in chosen]
+            chosen = [fullest] if frames is None else [frame for frame in frames if frame in one.frames]
+            to_draw += [(one.sequence, frame) for frame in chosen]
 
     movable = bool(sum(tally.tables for tally in by_prediction.values())[:, :, MOVABLE].any())
     drawn = [] if pictures is None else [draw(*scan, predictions, pictures) for scan in to_draw]
@@ -251,7 +288,10 @@ def evaluate_predictions(
         "classes": ["static", "movable", "moving"] if movable else ["static", "moving"],
         **_scores_of_all(by_prediction, movable),
         "left_out": left_out,
-        "unlabelled_scans": {s.name: n for s, labelled in scored if (n := len(s.frames) - len(labelled))},
+        "unlabelled_scans": {
+            s.name: n for s, known, missing in scored if (n := len(s.frames) - len(known) - len(missing))
+        },
+        "missing_predictions": {s.name: len(missing) for s, _, missing in scored if missing},
         "pictures": [str(path) for path in drawn],
     }
     if rule:
@@ -337,7 +377,7 @@ def print_report(report: dict, console: Console) -> None:
     table.add_column("sequence", overflow="fold")
     table.add_column("of", no_wrap=True)
     movable = "movable" in report["classes"]
-    headings = ["scans", "moving points", "moving IoU", "precision", "recall"]
+    headings = ["scans", "scored points", "moving points", "moving IoU", "precision", "recall"]
     headings += ["static + movable IoU", "static IoU", "movable IoU"] if movable else ["static IoU"]
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -348,7 +388,7 @@ def print_report(report: dict, console: Console) -> None:
             if movable:
                 apart = row["iou"] if "movable" in row["iou"] else {}  # the rule does not know movable
                 shares += [apart.get("static"), apart.get("movable")]
-            counts = f"{row['scans']:,}", f"{row['moving_points']:,}"
+            counts = (f"{row[key]:,}" for key in ("scans", "points", "moving_points"))
             table.add_row(escape(name), source, *counts, *map(_percent, shares), style="bold" * (name == "total"))
     console.print(table)
 
@@ -365,17 +405,74 @@ def print_report(report: dict, console: Console) -> None:
     lines = []
     if report["made_with"]:
         lines.append("predictions: " + ", ".join(f"{key} {value}" for key, value in report["made_with"].items()))
-    lines += [f"not scored: {name} ({reason})" for name, reason in report["left_out"].items()]
-    lines += [f"not scored: {n} scans of {name} that have no labels" for name, n in report["unlabelled_scans"].items()]
+    lines += [f"not scored: {line}" for line in _not_scored(report)]
     lines += [f"picture: {path}" for path in report["pictures"]]
     if "rule" in report:
-        motion = report["rule"]["motion"]
-        lines.append(
-            f"rule: at least half of the {motion['num_channels']} published residual channels non-zero; looks "
-            f"{motion['lookahead']} scans ahead, and finds less in as many scans at either end of a sequence"
-        )
+        lines.append(f"rule: {_rule_in_words(report)}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _not_scored(report: dict) -> list[str]:
+    def scans(n: int, name: str, what: str, lacks: str) -> str:
+        return f"{n:,} {what}{'s' if n > 1 else ''} of {name} that {'have' if n > 1 else 'has'} no {lacks}"
+
+    return [
+        *(f"{name} ({reason})" for name, reason in report["left_out"].items()),
+        *(scans(n, name, "scan", "labels") for name, n in report["unlabelled_scans"].items()),
+        *(scans(n, name, "labelled scan", "prediction") for name, n in report["missing_predictions"].items()),
+    ]
+
+
+def _rule_in_words(report: dict) -> str:
+    motion = report["rule"]["motion"]
+    return (
+        f"at least half of the {motion['num_channels']} published residual channels non-zero; looks "
+        f"{motion['lookahead']} scans ahead, and finds less in as many scans at either end of a sequence"
+    )
+
+
+def html_report(report: dict, pictures: Iterable[str | Path] = (), curves: dict | None = None) -> str:
+    """The page of `kdmos evaluate --report`.
+
+    Args:
+        report: What `evaluate_predictions` returned.
+        pictures: Of scans, as `bev_picture` wrote them.
+        curves: Of the training of what was scored, as `training_curves` returns them.
+    Raises: InputError naming a picture that cannot be read.
+    """
+    total = report["total"]
+    methods = [Method("predictions", report, curves or {})]
+    if "rule" in report:
+        methods.append(Method(RULE_NAME, report["rule"], note=_rule_in_words(report)))
+    headline = {
+        "moving IoU, %": total["moving_iou"],
+        "precision, %": total["moving_precision"],
+        "recall, %": total["moving_recall"],
+    }
+    names = list(report["sequences"])
+    lead = (
+        f"{total['points']:,} labelled points in {total['scans']:,} scans of "
+        f"{f'{len(names)} sequences' if len(names) > 1 else f'sequence {names[0]}'}, counted as the public "
+        "SemanticKITTI evaluation of moving-object segmentation counts them."
+    )
+    blocks = [Figures(headline), *score_blocks(methods), *(f"Not scored: {line}." for line in _not_scored(report))]
+    sections = [Section("Scores", blocks)]
+    if charts := curve_charts(methods):
+        sections.append(Section("Learning curves", charts))
+    if drawn := [scan_picture(path) for path in pictures]:
+        text = "From above, the sensor in the centre, driving direction up; grey points by their height."
+        sections.append(Section("Scans", [text, *drawn]))
+    words = {"source": "scans", "form": "motion form", "lookahead": "look-ahead, scans"}
+    made_with = {words.get(key, key): value for key, value in (report["made_with"] or {}).items()}
+    made_with = made_with or {"made with": "not said by their maker"}
+    inputs = {"data": report["data"], "predictions": report["predictions"]}
+    sections.append(
+        Section(
+            "What was run", [Facts(made_with, "The predictions"), Facts({**inputs, **circumstances()}, "This report")]
+        )
+    )
+    return build_report("Moving-object segmentation", lead, sections)
 
 
 def _percent(share: float | None) -> str:
@@ -403,23 +500,46 @@ def evaluate(
         Path | None, typer.Option(help="Folder for a picture per sequence, of its scan with most moving points.")
     ] = None,
     frames: Annotated[str | None, typer.Option(help="Draw these frames instead, e.g. 12,400.")] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write scores and pictures as one HTML file that needs nothing else."),
+    ] = None,
+    training: Annotated[
+        Path | None, typer.Option("--run", help="output= folder of the training run whose curves go into the report.")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Score what has predictions where other labelled scans have none.")
+    ] = False,
 ) -> None:
     """Score predictions against labels, as the public SemanticKITTI MOS evaluation does."""
-    report = evaluate_predictions(
-        data,
-        predictions,
-        listed(sequences, "--sequences"),
-        split,
-        rule,
-        pictures,
-        _frame_numbers(frames),
-        progress=Console(stderr=True).is_terminal,
-    )
+    if training is not None and page is None:
+        raise InputError("--run says whose learning curves to show, so it needs --report, the page for them")
+    if page is not None and page.is_dir():
+        raise InputError(f"--report {page}: a folder; name the file to write, such as {page / 'report.html'}")
+    curves = None if training is None else training_curves(training)  # now, not after the counting
+    with TemporaryDirectory(prefix="kdmos-") as temporary:
+        report = evaluate_predictions(
+            data,
+            predictions,
+            listed(sequences, "--sequences"),
+            split,
+            rule,
+            temporary if page is not None and pictures is None else pictures,
+            _frame_numbers(frames),
+            progress=Console(stderr=True).is_terminal,
+            allow_missing=allow_missing,
+        )
+        if page is not None:
+            write_report(page, html_report(report, report["pictures"], curves))
+    if pictures is None:
+        report["pictures"] = []
     if as_json:
         print(json.dumps(report))
     else:
         console = Console()
         print_report(report, console if console.is_terminal else Console(width=FILE_WIDTH))
+        if page is not None:
+            console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _frame_numbers(text: str | None) -> list[int] | None:

@@ -18,6 +18,8 @@ GREYS = (0.34, 0.78)  # brightness of the lowest and of the highest background p
 GREY_HEIGHTS = (-2.0, 1.5)  # metres above the sensor: from the road to above a van
 DIM = 0.6  # of that brightness, where a point has no truth
 RING_STEP = 10.0  # metres
+MARGIN, GAP = 0.005, 0.015  # left and right of the panels, of the picture's width; between them, of a panel's
+TITLE_HEIGHT = 0.06  # of the picture's height; below it are the panels with their own titles
 
 
 def bev_picture(
@@ -66,13 +68,39 @@ def bev_picture(
     figure = Figure(figsize=(14.1, 5.7), facecolor=PAGE, dpi=130)
     figure.suptitle(title, color=TEXT, fontsize=14, y=0.98, parse_math=False)  # a name may hold "$"
     left, middle, right = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.07, top=0.885, wspace=0.015)
+    figure.subplots_adjust(left=MARGIN, right=1 - MARGIN, bottom=0.07, top=0.885, wspace=GAP)
     _panel(left, "truth", points, scored, [("moving", MOVING, truth)], extent)
     _panel(middle, "prediction", points, np.ones_like(scored), [("moving", MOVING, predicted)], extent)
     _panel(right, "errors", points, scored, errors, extent)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format="png", metadata={"Title": title})
     write_atomic(path, picture.getvalue())
+
+
+def read_panels(path: str | Path) -> tuple[str, list[bytes]]:
+    """The title of a picture that `bev_picture` wrote, and its panels as PNGs: truth, prediction, errors.
+
+    For pages that are too narrow for three panels side by side.
+
+    Raises: InputError if matplotlib (which brings Pillow) is missing or the file is no such picture.
+    """
+    need_matplotlib()
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            title, (width, height) = image.info.get("Title", ""), image.size
+            pitch = (1 - 2 * MARGIN) * (1 + GAP) / (3 + 2 * GAP)  # from panel to panel, half a gap on either side
+            panels = []
+            for i in range(3):
+                left = (0.5 - 1.5 * pitch + i * pitch) * width
+                panel = io.BytesIO()
+                box = round(left), round(TITLE_HEIGHT * height), round(left) + round(pitch * width), height
+                image.crop(box).convert("RGB").save(panel, format="png", optimize=True)
+                panels.append(panel.getvalue())
+            return title, panels
+    except (OSError, SyntaxError) as error:  # what Pillow makes of a file that is missing or damaged
+        raise InputError(f"{path}: not a picture that kdmos drew ({error})") from error
 
 
 def need_matplotlib() -> None:
@@ -117,5 +145,5 @@ def _panel(axes, name: str, points: np.ndarray, bright: np.ndarray, groups: list
         labelcolor=TEXT,
         fontsize=9.5,
         handletextpad=0.1,
-        columnspacing=1.0,
+        columnspacing=0.7,
     )

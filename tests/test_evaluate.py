@@ -1,6 +1,7 @@
 """Scores of predictions by hand, against the public evaluation, on real scans; and what a user can get wrong."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdmos import metrics
+from kdmos import metrics, predict
 from kdmos.data.labels import CLASSES, to_classes
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.errors import InputError
@@ -200,8 +201,38 @@ def test_nothing_to_score(tiny):
 
 def test_a_labelled_scan_without_prediction(tiny):
     (tiny / "predicted/sequences/00/predictions/000002.label").unlink()
-    with pytest.raises(InputError, match=r"000002\.label: no prediction for labelled scan 00/000002 \(1 of 2"):
+    with pytest.raises(
+        InputError, match=r"000002\.label: no prediction for labelled scan 00/000002 \(1 of 2.*--allow-missing"
+    ):
         score(tiny)
+
+
+def test_labelled_scans_without_prediction_are_left_out_if_that_is_asked_for(tiny, capsys):
+    assert score(tiny, allow_missing=True) == score(tiny)
+    assert score(tiny)["missing_predictions"] == {}
+    add_scan(tiny, "00", 3, None, [9])
+    (tiny / "predicted/sequences/00/predictions/000002.label").unlink()
+    report = score(tiny, allow_missing=True)
+    assert report["missing_predictions"] == {"00": 1} and report["unlabelled_scans"] == {"00": 1}
+    found = report["sequences"]["00"]
+    assert (found["scans"], found["points"], found["moving_points"], found["moving_iou"]) == (1, 4, 2, 1 / 3)
+    with pytest.raises(InputError, match="frame 2: no scored sequence has labels and a prediction for it"):
+        score(tiny, allow_missing=True, pictures=tiny, frames=[2])
+    assert run_main(tiny / "data", tiny / "predicted", "--allow-missing") == 0
+    assert "not scored: 1 labelled scan of 00 that has no prediction\n" in capsys.readouterr().out
+
+
+def test_a_sequence_of_which_no_scan_is_predicted_is_left_out(tiny):
+    for path in (tiny / "predicted/sequences/00/predictions").iterdir():
+        path.unlink()
+    report = score(tiny, allow_missing=True)
+    assert list(report["sequences"]) == ["08"] and report["missing_predictions"] == {}
+    assert report["left_out"]["00"].endswith("00/predictions: no predictions")
+    with pytest.raises(InputError, match="00/predictions: no predictions"):
+        score(tiny, allow_missing=True, sequences=["00"])
+    shutil.rmtree(tiny / "predicted/sequences/08")
+    with pytest.raises(InputError, match="no predictions, nor of another"):
+        score(tiny, allow_missing=True)
 
 
 def test_a_prediction_of_another_length(tiny):
@@ -267,6 +298,20 @@ def test_rule_sees_unlabelled_scans_and_scores_labelled_ones(tmp_path):
     assert rule["total"]["moving_recall"] == (moves[9] + moves[10]) / 16
 
 
+def test_the_rule_takes_a_broken_scan_as_empty_as_predict_does(tmp_path, write_sequence):
+    folder = write_sequence(tmp_path / "data" / "sequences" / "00")
+    (folder / "velodyne/000004.bin").write_bytes(b"12345")
+    output = tmp_path / "predicted"
+    with pytest.raises(SystemExit) as exit:
+        predict.main([str(folder), "--checkpoint", "rule", "--output", str(output)])
+    assert exit.value.code == 1
+    with pytest.raises(InputError, match="--allow-missing"):
+        score(tmp_path)
+    report = score(tmp_path, allow_missing=True, rule=True)
+    assert report["missing_predictions"] == {"00": 1} and report["total"]["scans"] == 13
+    assert report["rule"]["total"] == report["total"] and report["total"]["moving_iou"] > 0
+
+
 @pytest.fixture(scope="module")
 def perfect(realdata, tmp_path_factory):
     """A real sequence and perfect predictions of it."""
@@ -318,7 +363,7 @@ def test_pictures_of_the_fullest_scans_or_of_frames(tiny):
 def test_frames_that_cannot_be_drawn(tiny):
     with pytest.raises(InputError, match="needs pictures"):
         score(tiny, frames=[0])
-    with pytest.raises(InputError, match="frame 5: no scored sequence has labels for it"):
+    with pytest.raises(InputError, match="frame 5: no scored sequence has labels and a prediction for it"):
         score(tiny, pictures=tiny, frames=[0, 5])
 
 
@@ -347,6 +392,7 @@ def test_report_in_words(tiny, capsys):
         (folder / "calib.txt").write_text(f"Tr: {IDENTITY}\n")
     assert run_main(tiny / "data", tiny / "predicted", "--rule") == 0
     out = capsys.readouterr().out
+    assert re.search(r"total\W+predictions\W+3\W+8\W+5\W", out)  # scans, scored points, moving points
     for expected in ("60.0", "66.7", "total", "50+", "rule: at least half of the 8", "not scored: 11"):
         assert expected in out
     assert "movable" not in out and "nan" not in out

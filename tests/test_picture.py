@@ -1,5 +1,6 @@
 """Pictures: the right things in the right places and colours, and what cannot be drawn."""
 
+import io
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from kdmos import picture
 from kdmos.errors import InputError
-from kdmos.picture import bev_picture
+from kdmos.picture import bev_picture, read_panels
 
 image = pytest.importorskip("matplotlib.image")
 colors = pytest.importorskip("matplotlib.colors")
@@ -73,6 +74,32 @@ def test_no_point_in_sight(tmp_path):
         mask = np.ones(len(rows), bool)
         bev_picture(tmp_path / "a.png", rows, mask, mask, r"$\bad$ [name]")
         assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_panels_of_a_picture(tmp_path, scene):
+    whole = tmp_path / "a.png"
+    bev_picture(whole, *scene, "sequence Ünïcode, Ω")
+    title, panels = read_panels(whole)
+    assert title == "sequence Ünïcode, Ω"
+    pixels = [image.imread(io.BytesIO(panel), format="png")[:, :, :3] for panel in panels]
+    assert len({panel.shape for panel in pixels}) == 1  # so that they line up
+
+    def has(panel, colour):
+        return bool((np.abs(panel - colors.to_rgb(colour)).max(2) < 0.02).any())
+
+    assert [has(panel, picture.MOVING) for panel in pixels] == [True, True, False]
+    assert [has(panel, picture.MISSED) for panel in pixels] == [False, False, True]
+    square = np.abs(pixels[0] - colors.to_rgb(picture.PANEL)).max(2) < 0.02
+    across = np.flatnonzero(square.any(0))
+    assert abs(across[0] - (len(square[0]) - 1 - across[-1])) <= 2  # in the middle, nothing of its neighbour
+
+
+def test_what_has_no_panels(tmp_path):
+    with pytest.raises(InputError, match=r"b\.png: not a picture that kdmos drew"):
+        read_panels(tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"b\.png: not a picture that kdmos drew"):
+        read_panels(tmp_path / "b.png")
 
 
 def test_what_cannot_be_drawn(tmp_path, scene, monkeypatch):
