@@ -1,13 +1,18 @@
-# `make test` does all the set-up by itself: an own virtual environment, the pinned versions, the tests.
+# `make test` and `make demo` do all the set-up by themselves: an own virtual environment, the pinned versions.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: test setup lint clean
+.PHONY: test demo setup lint clean
 
 test: setup lint
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# From nothing to a distilled student and runs/demo/report.html. REAL=path also tries it on a real sequence folder,
+# SEEDS=3 trains three pairs of students.
+demo: setup
+	$(BIN)/python -m kdmos.demo $(if $(REAL),--real $(REAL)) $(if $(SEEDS),--seeds $(SEEDS))
 
 lint: setup
 	$(BIN)/ruff check .

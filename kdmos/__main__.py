@@ -11,8 +11,11 @@ from kdmos.command import fail
 # One line here, not an import: listing the commands must not load what only one of them needs.
 COMMANDS = {
     "train": "Train or distil a student on labelled sequences.",
+    "synth": "Make labelled LiDAR sequences of made-up streets.",
+    "teach": "Cache a teacher's logits for every scan, for training to learn from.",
     "predict": "Write one label per point for every scan of a data set.",
-    "evaluate": "Score predictions: moving IoU, per class, by range; pictures.",
+    "evaluate": "Score predictions: moving IoU, per class, by range; pictures, an HTML report.",
+    "demo": "From nothing to a distilled student and a report, in ten minutes.",
     "doctor": "Say what is installed, what is built, and what to do about the rest.",
 }
 
