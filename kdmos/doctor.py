@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -62,9 +63,7 @@ def examine() -> list[Finding]:
     except Exception as error:  # a broken install fails in many ways, and this is where to learn of it
         todo = "pip install --force-reinstall torch"
         return [*findings, Finding("torch", "broken", f"cannot be imported: {error}", todo), *map(_library, OPTIONAL)]
-    findings += [_torch(torch), _instructions(torch, flags), _gpu(torch)]
-    # No native kernels in this version, hence no choice.
-    findings.append(Finding("ops backend", "ok", "reference (plain torch)"))
+    findings += [_torch(torch), _instructions(torch, flags), _gpu(torch), _native(torch)]
     return [*findings, *map(_library, OPTIONAL), _cache()]
 
 
@@ -111,6 +110,24 @@ def _gpu(torch) -> Finding:
     if shutil.which("nvidia-smi"):
         return Finding("gpu", "note", "NVIDIA driver, but torch is a CPU build", "install a CUDA build: pytorch.org")
     return Finding("gpu", "note", "none", "nothing: everything runs on the CPU, training slowly")
+
+
+def _native(torch) -> Finding:
+    with warnings.catch_warnings():  # what it would warn of stands in the row
+        warnings.simplefilter("ignore")
+        from kdmos.ops import native
+    again = "then install kdmos again with pip's --no-build-isolation"
+    if not native.BUILT:
+        found = f"none ({native.WHY_NOT}): plain torch is used, several times slower"
+        return Finding("native ops", "note", found, f"install a C++ compiler (gcc or clang), {again}")
+    from kdmos import _C
+
+    built = _C.build_info()
+    found = f"for {' and '.join(sorted(native.DEVICES))}; {built['instructions']} (-march={built['arch']}), "
+    found += f"compiler {built['compiler']}"
+    if torch.version.cuda and "cuda" not in native.DEVICES:
+        return Finding("native ops", "note", f"{found}; {native.WHY_NOT}", f"install the CUDA toolkit (nvcc), {again}")
+    return Finding("native ops", "ok", found)
 
 
 def _library(name: str) -> Finding:

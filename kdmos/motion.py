@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdmos import ops
-from kdmos.data.batch import pack
 from kdmos.settings import MotionSettings, ResidualGrid
+
+RUN = 16  # scans whose channels are computed together: enough for the threads of a desktop, 0.1 GB
 
 
 class MotionStream:
@@ -43,7 +44,7 @@ class MotionStream:
             pose: [4, 4], world (any fixed frame) from this scan's LiDAR frame.
         Returns: float32 [m, K] of the scan `lookahead` pushes ago, None while there is none.
         """
-        points = points.masked_fill(~points.isfinite().all(1, keepdim=True), torch.nan)
+        points = without_non_finite(points)
         self._window.append((points, torch.as_tensor(pose, dtype=torch.float64, device="cpu")))
         self._waiting.append(points.new_zeros(len(points), self.settings.num_channels))
         if self.settings.form == "published":
@@ -80,11 +81,80 @@ class MotionStream:
             self._waiting[-1][:, : len(older)] = residual
 
     def _residual(self, newer, older, read) -> Tensor:
-        points, offsets = pack([points[:, :3] for points, _ in self._window])
         poses = torch.stack([pose for _, pose in self._window])
         transforms = torch.linalg.inv(poses[-1]) @ poses  # into the newest scan's frame
-        transforms = transforms.to(points.device)
-        return ops.height_residual(points, offsets, transforms, self.settings.grid, newer, older, read)
+        scans = [points for points, _ in self._window]
+        transforms = transforms.to(scans[0].device)
+        return ops.height_residual(scans, transforms, self.settings.grid, newer, older, read)
+
+
+def without_non_finite(points: Tensor) -> Tensor:
+    """The points, rows with any non-finite value all NaN, which no cell takes."""
+    # A finite sum has finite terms: on a CPU the usual scan is not copied. Elsewhere looking would wait for the device.
+    if points.device.type == "cpu" and points.sum().isfinite():
+        return points
+    return points.masked_fill(~points.isfinite().all(1, keepdim=True), torch.nan)
+
+
+def sequence_channels(scans: Iterable[Tensor], poses: Tensor, settings: MotionSettings) -> Iterator[Tensor]:
+    """Motion channels of every scan of a sequence, in order; each scan is taken once, some ahead of its result.
+
+    Args:
+        scans: S tensors float32 [n, >= 3], as for `MotionStream`.
+        poses: [S, 4, 4].
+        settings: Which channels.
+    Yields: S of float32 [n, K].
+    Raises: what `scans` raises, after the scans that are complete by then.
+    """
+    num_channels, poses = settings.num_channels, torch.as_tensor(poses, dtype=torch.float64)
+    if settings.form != "published":
+        stream = MotionStream(settings)
+        for points, pose in zip(scans, poses):
+            yield stream.push(points, pose)  # a causal scan is complete with itself
+        return
+    held: list[Tensor] = []  # scans, the K - 1 before the run among them
+    waiting: list[Tensor | None] = []  # their channels as far as they are known
+
+    def complete(first: int) -> None:
+        """The channels that the held scans give each other; `first` is the frame of held[0]."""
+        if len(held) < num_channels:
+            return
+        windows = torch.stack([poses[f : f + num_channels] for f in range(first, first + len(held) - num_channels + 1)])
+        transforms = torch.linalg.inv(windows[:, -1:]) @ windows  # into each window's newest frame
+        residual = ops.height_residual_sequence(held, transforms.to(held[0].device), settings.grid)
+        for number, more in enumerate(residual.split([len(scan) for scan in held])):
+            # each entry is known from one run at most
+            waiting[number] = more if waiting[number] is None else waiting[number].add_(more)
+
+    frame, source, failure = 0, iter(scans), None
+    while True:
+        try:
+            points = without_non_finite(next(source))
+        except StopIteration:
+            break
+        except Exception as error:  # a scan that cannot be read: first what is complete without it
+            failure = error
+            break
+        frame += 1
+        held.append(points)
+        waiting.append(None)
+        if len(held) == num_channels - 1 + RUN:
+            complete(frame - len(held))
+            done, waiting, held = waiting[:RUN], waiting[RUN:], held[RUN:]
+            yield from (_seen_ahead(channels, settings) for channels in done)
+    complete(frame - len(held))
+    for points, channels in list(zip(held, waiting))[: 1 - num_channels if failure else None]:
+        # a sequence shorter than the windows has no channels
+        yield points.new_zeros(len(points), num_channels) if channels is None else _seen_ahead(channels, settings)
+    if failure:
+        raise failure
+
+
+def _seen_ahead(channels: Tensor, settings: MotionSettings) -> Tensor:
+    """Without the channels that need scans beyond the look-ahead."""
+    if settings.lookahead < settings.num_channels - 1:
+        channels[:, settings.lookahead + 1 :] = 0
+    return channels
 
 
 def motion_channels(
@@ -113,11 +183,9 @@ def motion_channels(
         raise ValueError(
             f"motion_channels: expected poses [{len(scans)}, 4, 4] for {len(scans)} scans, got {list(np.shape(poses))}"
         )
-    stream, out = MotionStream(settings), []
-    for points, pose in zip(scans, poses):
-        done = stream.push(torch.as_tensor(points, dtype=torch.float32), torch.as_tensor(pose))
-        out += [done] if done is not None else []
-    out += stream.flush()
+    tensors = (torch.as_tensor(points, dtype=torch.float32) for points in scans)
+    poses = poses if isinstance(poses, Tensor) else torch.from_numpy(np.asarray(poses, dtype=np.float64))
+    out = list(sequence_channels(tensors, poses, settings))
     return [done.numpy() for done in out] if len(scans) and isinstance(scans[0], np.ndarray) else out
 
 

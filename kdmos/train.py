@@ -5,8 +5,6 @@ In order: the data, the model and its losses, what is kept, the run.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -227,7 +225,8 @@ class Training(L.LightningModule):
     def losses(self, output: StudentOutput, batch: PackedBatch) -> dict[str, Tensor]:
         """The terms of the total loss by name, already weighted."""
         gridded, num_classes = output.gridded, len(self.student.classes)
-        labels = ops.voxel_label(gridded.voxel_rank, batch.labels, len(gridded.voxels), num_classes)
+        num_voxels = len(gridded.voxels)
+        labels = ops.voxel_label(gridded.voxel_rank, batch.labels, num_voxels, num_classes, gridded.by_voxel)
         logits = output.voxel_logits.float()
         terms = {
             "cross_entropy": cross_entropy(logits, labels, self.ignore_index, self.class_weights),
@@ -432,14 +431,6 @@ def _commit() -> str | None:
 # --- the run
 
 
-def keep_memory() -> None:
-    """Have the C library keep freed memory for the next step: giving it back and forth is 15 % of a CPU step."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        library = ctypes.CDLL(None)
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own ...
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and nothing is given back
-
-
 def fit(config: Config, resume: bool = False) -> Training:
     """Train as the config says; everything is written to `config.output`.
 
@@ -449,7 +440,6 @@ def fit(config: Config, resume: bool = False) -> Training:
     Returns: the trained module; its student is `.student`.
     Raises: InputError for data or settings that cannot be used, or a loss that is not finite.
     """
-    keep_memory()
     output, state = config.output, config.output / STATE
     if resume and not state.exists():
         raise InputError(f"{state}: no state to resume from; leave --resume out to start the run")

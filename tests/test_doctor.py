@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kdmos import __version__, doctor
+from kdmos.ops import native
 
 
 def run_main(*arguments):
@@ -28,7 +29,8 @@ def test_this_machine():
     rows = by_name(doctor.examine())
     assert rows["kdmos"].found == __version__
     assert rows["torch"].found.startswith(torch.__version__)
-    assert rows["ops backend"].found == "reference (plain torch)"
+    built = r"for cpu.*; (AVX.*|NEON|baseline) \(-march=.+\), compiler \d"
+    assert re.match(built if native.BUILT else "none .*plain torch is used", rows["native ops"].found)
     assert rows["pytest"].state == "ok"
     assert re.search(r"AVX-512 (yes|no), bf16 (yes|no|not known)$", rows["cpu instructions"].found)
     assert {row.state for row in rows.values()} <= set(doctor.STYLES)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from kdmos.checkpoint import write_atomic
 from kdmos.data.semantic_kitti import Sequence
 from kdmos.errors import InputError
-from kdmos.motion import MotionStream
+from kdmos.motion import sequence_channels
 from kdmos.settings import MotionSettings
 
 FORMAT = 1  # of the files; part of the key
@@ -78,25 +78,14 @@ class MotionCache:
         # Channels of a scan depend on `history` scans before it and, in the published form, as many after it.
         start = max(0, frames.index(missing[0]) - self._full.history)
         stop = min(len(frames), frames.index(missing[-1]) + self._full.history + 1)
-        wanted, stream, done = set(missing), MotionStream(self._full), 0
-        order = iter(frames[start:stop])
-
-        def keep(channels) -> None:
-            nonlocal done
-            frame = next(order)
+        wanted, done = set(missing), 0
+        scans = (torch.from_numpy(self.sequence.read_points(frame)).to(device) for frame in frames[start:stop])
+        for frame, channels in zip(frames[start:stop], sequence_channels(scans, poses[start:stop], self._full)):
             if frame in wanted:
                 self._write(frame, channels.cpu().numpy())
                 done += 1
                 if progress:
                     progress(done, len(missing))
-
-        for index in range(start, stop):
-            points = torch.from_numpy(self.sequence.read_points(frames[index])).to(device)
-            channels = stream.push(points, poses[index])
-            if channels is not None:
-                keep(channels)
-        for channels in stream.flush():
-            keep(channels)
 
     def _write(self, frame: int, channels: np.ndarray) -> None:
         point = np.flatnonzero(channels.any(1)).astype(np.int32)

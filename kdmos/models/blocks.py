@@ -9,45 +9,17 @@ from torch import Tensor, nn
 from kdmos import ops
 
 
-class WrapAround(torch.autograd.Function):
-    """Tensors [B, C_i, R, A], joined and with the phi axis closed: [B, sum C_i, R, A + 2], channels last.
-
-    One copy each way. `torch.cat` and a circular `F.pad` copy more, and the backward of the latter far more.
-    """
-
-    @staticmethod
-    def forward(ctx, *parts: Tensor) -> Tensor:
-        ctx.channels = [part.shape[1] for part in parts]
-        batch, _, rings, sectors = parts[0].shape
-        size = (batch, sum(ctx.channels), rings, sectors + 2)
-        dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
-        out = torch.empty(size, dtype=dtype, device=parts[0].device, memory_format=torch.channels_last)
-        for place, part in zip(out.split(ctx.channels, 1), parts):
-            place[..., 1:-1], place[..., 0], place[..., -1] = part, part[..., -1], part[..., 0]
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
-        gradients = []
-        for part in gradient.split(ctx.channels, 1):
-            inner = part[..., 1:-1].clone(memory_format=torch.channels_last)
-            inner[..., 0] += part[..., -1]
-            inner[..., -1] += part[..., 0]
-            gradients.append(inner)
-        return tuple(gradients)
-
-
 class CircularConv2d(nn.Conv2d):
     """3x3 convolution on [B, C, R, A] whose sectors wrap round (phi) and whose rings end in zeros (rho).
 
-    Several inputs count as one, their channels in the order given.
+    Several inputs count as one, their channels in the order given; what is smaller than the first is padded with zeros.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=(1, 0))
 
     def forward(self, *parts: Tensor) -> Tensor:
-        return super().forward(WrapAround.apply(*parts))
+        return super().forward(ops.wrap_around(parts))
 
 
 class ConvBlock(nn.Sequential):
@@ -86,20 +58,26 @@ class CoAttention(nn.Module):
 
     def forward(self, appearance: Tensor, motion: Tensor) -> Tensor:
         """[B, ca, H, W], [B, cm, H, W] -> [B, ca, H, W]."""
-        batch, channels, height, width = appearance.shape
-        gates = torch.sigmoid(self.gate(self.fuse(appearance, motion))).mean((2, 3))  # [B, 2]
-        # 1) where: gating the motion feature is gating its 1x1 convolution without the bias
-        seen = F.conv2d(motion, self.spatial.weight) * gates[:, 1, None, None, None]
-        seen = torch.sigmoid(seen + self.spatial.bias[:, None, None]).view(batch, -1, 1)  # [B, H * W, 1]
-        # 2) in which channels, by the mean of what is seen
-        pixels = appearance.permute(0, 2, 3, 1).view(batch, -1, channels)
-        mean = (pixels.mT @ seen).view(batch, channels, 1, 1) / (height * width) * gates[:, :1, None, None]
-        channel = (self.channel(mean).softmax(1) * channels).view(batch, 1, channels)
-        # 3) seen * gated appearance * channel + gated appearance, as appearance * [seen, 1] @ [channel, 1] * gate:
-        # only matrix products and one multiplication go over all pixels and channels
-        factor = torch.cat([channel, torch.ones_like(channel)], 1) * gates[:, :1, None]  # [B, 2, ca]
-        factor = torch.cat([seen, torch.ones_like(seen)], 2) @ factor  # [B, H * W, ca]
-        return (pixels * factor).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        gates = torch.sigmoid(self.gate(self.fuse(appearance, motion))).mean((2, 3))
+        return attend(appearance, motion, gates, self.spatial, self.channel)
+
+
+def attend(appearance: Tensor, motion: Tensor, gates: Tensor, spatial: nn.Conv2d, channel: nn.Conv2d) -> Tensor:
+    """The second half of the co-attention: [B, ca, H, W], [B, cm, H, W] and a gate of either, [B, 2]."""
+    batch, channels, height, width = appearance.shape
+    gates = gates.to(appearance.dtype)
+    # 1) where: gating the motion feature is gating its 1x1 convolution without the bias
+    seen = F.conv2d(motion, spatial.weight) * gates[:, 1, None, None, None]
+    seen = torch.sigmoid(seen + spatial.bias[:, None, None]).view(batch, -1, 1)  # [B, H * W, 1]
+    # 2) in which channels, by the mean of what is seen
+    pixels = appearance.permute(0, 2, 3, 1).view(batch, -1, channels)
+    mean = (pixels.mT @ seen).view(batch, channels, 1, 1) / (height * width) * gates[:, :1, None, None]
+    scale = (channel(mean).softmax(1) * channels).view(batch, 1, channels)
+    # 3) seen * gated appearance * scale + gated appearance, as appearance * [seen, 1] @ [scale, 1] * gate:
+    # only matrix products and one multiplication go over all pixels and channels
+    factor = torch.cat([scale, torch.ones_like(scale)], 1) * gates[:, :1, None]  # [B, 2, ca]
+    factor = torch.cat([seen, torch.ones_like(seen)], 2) @ factor  # [B, H * W, ca]
+    return (pixels * factor).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class DySample(nn.Module):
@@ -189,17 +167,3 @@ class Dropout(nn.Dropout):
         if not self.training:
             return x
         return x * torch.empty_like(x, dtype=torch.uint8).random_(0, 2).mul_(2)
-
-
-def join(up: Tensor, skip: Tensor) -> Tensor:
-    """[skip, up] with `up` zero-padded to the skip's size, the odd row or column after it."""
-    return torch.cat([skip, pad_to(up, skip)], 1)
-
-
-def pad_to(up: Tensor, skip: Tensor) -> Tensor:
-    """`up` zero-padded to the skip's size, the odd row or column after it."""
-    if up.shape[2:] == skip.shape[2:]:
-        return up
-    rows, columns = skip.shape[2] - up.shape[2], skip.shape[3] - up.shape[3]
-    before_row, before_column = rows // 2, columns // 2
-    return F.pad(up, (before_column, columns - before_column, before_row, rows - before_row))

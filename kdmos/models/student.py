@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdmos import ops
 from kdmos.data.batch import pack
-from kdmos.models.blocks import CoAttention, ConvBlock, DropBlock2d, Dropout, DySample, pad_to
+from kdmos.models.blocks import CoAttention, ConvBlock, DropBlock2d, Dropout, DySample
 from kdmos.motion import motion_channels
 from kdmos.ops import GriddedPoints
 from kdmos.settings import STUDENTS, StudentSettings
@@ -34,7 +34,10 @@ class StudentOutput(NamedTuple):
 
 
 class PointMlp(nn.Module):
-    """Features of one point: BN(9), then 32, 64, 128 with BN and ReLU, and 256 linear."""
+    """Features of a point, BN(9), then 32, 64, 128 with BN and ReLU, and 256 linear; of them the largest of each cell.
+
+    [N, 9] sorted by cell and where each cell starts, int64 [M + 1] -> [M, 256].
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +48,8 @@ class PointMlp(nn.Module):
         )
         self.out = nn.Linear(widths[-1], 256)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.out(self.layers(self.norm(features)))
+    def forward(self, features: Tensor, start: Tensor) -> Tensor:
+        return ops.linear_max(self.layers(self.norm(features)), self.out.weight, self.out.bias, start)
 
 
 class Encoder(nn.Module):
@@ -75,7 +78,7 @@ class DecoderLevel(nn.Module):
         self.drop = DropBlock2d()
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.drop(self.block(skip, pad_to(self.up(x), skip)))
+        return self.drop(self.block(skip, self.up(x)))
 
 
 class DualBranchUNet(nn.Module):
@@ -148,12 +151,13 @@ class Student(nn.Module):
             raise ValueError("student: the batch has no point")
         num_scans, grid = offsets.numel() - 1, self.settings.grid
         gridded = ops.polar_grid(points, offsets, grid)
-        cells = (gridded.cell_rank, len(gridded.cells))
+        order = gridded.by_cell
 
         # 1) points to cells: the largest of each feature, compressed
-        maximum, _ = ops.polar_scatter(self.point_mlp(gridded.features), *cells)
+        sorted_features = gridded.features.index_select(0, order.order)
+        maximum = self.point_mlp(sorted_features, order.start)
         appearance = ops.cells_to_bev(torch.relu(self.compress(maximum)), gridded.cells, num_scans, grid)
-        motion = ops.polar_scatter_bev(residual, gridded.cell_rank, gridded.cells, num_scans, grid)
+        motion = ops.polar_scatter_bev(residual, gridded.cell_rank, gridded.cells, num_scans, grid, order)
         # 2) the network in bird's-eye view, 3) back to the voxels that hold points
         features = self.dropout(self.unet(appearance, motion))
         logits = ops.voxel_head(features, gridded.voxels, self.head.weight, self.head.bias, grid)

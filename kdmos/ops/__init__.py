@@ -1,22 +1,29 @@
 """The operations of the hot path, one file each; `reference` is their specification in plain torch."""
 
 from kdmos.ops.dysample import dysample
-from kdmos.ops.height_residual import height_residual
-from kdmos.ops.polar_grid import GriddedPoints, polar_grid
-from kdmos.ops.polar_scatter import cells_to_bev, polar_scatter, polar_scatter_bev
+from kdmos.ops.height_residual import height_residual, height_residual_sequence
+from kdmos.ops.native import backend
+from kdmos.ops.polar_grid import GriddedPoints, PointOrder, polar_grid
+from kdmos.ops.polar_scatter import cells_to_bev, linear_max, polar_scatter, polar_scatter_bev
 from kdmos.ops.voxel_head import voxel_head
 from kdmos.ops.voxel_label import voxel_label
 from kdmos.ops.wdcd_loss import wdcd_loss
+from kdmos.ops.wrap_around import wrap_around
 
 __all__ = [
     "GriddedPoints",
+    "PointOrder",
+    "backend",
     "cells_to_bev",
     "dysample",
     "height_residual",
+    "height_residual_sequence",
+    "linear_max",
     "polar_grid",
     "polar_scatter",
     "polar_scatter_bev",
     "voxel_head",
     "voxel_label",
     "wdcd_loss",
+    "wrap_around",
 ]

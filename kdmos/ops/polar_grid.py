@@ -1,4 +1,4 @@
-"""Points to polar voxels: features, indices, and the ranks that every later op works with."""
+"""Points to polar voxels: features, indices, and the sort and ranks that every later op works with."""
 
 from __future__ import annotations
 
@@ -7,27 +7,57 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdmos.ops import reference
+from kdmos.ops import native, reference
 from kdmos.settings import PolarGrid
+
+
+class PointOrder(NamedTuple):
+    """Points sorted by the cells (or voxels) they lie in.
+
+    order: int64 [N], points; those of cell m are order[start[m]:start[m + 1]].
+    start: int64 [M + 1]. Points from start[M] on lie in no cell.
+    """
+
+    order: Tensor
+    start: Tensor
 
 
 class GriddedPoints(NamedTuple):
     """Where N packed points lie in the polar grid.
 
     features: float [N, 9]: offsets of (rho, phi, z) from the bin centre; rho, phi, z; x, y; remission.
-    index: int64 [N, 3]: ring, sector, height.
     cell_rank: int64 [N]: row of the point's BEV cell in `cells`.
     cells: int64 [M], ascending: (scan * R + ring) * A + sector of each occupied cell.
+    cell_start: int64 [M + 1], see `by_cell`.
     voxel_rank: int64 [N]: row of the point's voxel in `voxels`.
     voxels: int64 [V], ascending: cell * Z + height of each occupied voxel.
+    voxel_start: int64 [V + 1], see `by_voxel`.
+    order: int64 [N]: the points sorted by voxel, those of a voxel in their order.
     """
 
     features: Tensor
-    index: Tensor
     cell_rank: Tensor
     cells: Tensor
+    cell_start: Tensor
     voxel_rank: Tensor
     voxels: Tensor
+    voxel_start: Tensor
+    order: Tensor
+
+    @property
+    def by_cell(self) -> PointOrder:
+        return PointOrder(self.order, self.cell_start)
+
+    @property
+    def by_voxel(self) -> PointOrder:
+        return PointOrder(self.order, self.voxel_start)
+
+    def index(self, grid: PolarGrid) -> Tensor:
+        """Ring, sector and height of each point, int64 [N, 3]."""
+        rings, sectors, heights = grid.bins
+        voxel = self.voxels[self.voxel_rank]
+        cell = voxel // heights
+        return torch.stack([cell // sectors % rings, cell % sectors, voxel % heights], 1)
 
 
 @torch.no_grad()
@@ -35,7 +65,7 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid) -> GriddedPoint
     """Voxel, BEV cell and the nine input features of each point.
 
     Index = floor((clip(v) - min) / interval) in float64; the feature offsets are those of the unclipped point.
-    A point within 1e-5 of a cell border may fall on the other side on another backend.
+    A point within 1e-5 of a cell border may fall on the other side on another backend. Under autocast: unchanged.
 
     Args:
         points: float32 [N, 4] = x, y, z in metres, remission; finite.
@@ -47,6 +77,28 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid) -> GriddedPoint
     """
     if points.ndim != 2 or points.shape[1] != 4:
         raise ValueError(f"polar_grid: expected points [N, 4], got {list(points.shape)}; is remission missing?")
-    if offsets.device.type == "cpu" and offsets[-1] != len(points):  # elsewhere reading it would wait for the device
+    # elsewhere reading it would wait for the device
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and offsets[-1] != len(points):
         raise ValueError(f"polar_grid: offsets end at {int(offsets[-1])}, but there are {len(points)} points")
+    if native.serves(points) and points.dtype == torch.float32:
+        shape = (list(grid.lower), list(grid.upper), list(grid.interval), list(grid.bins))
+        return GriddedPoints(*torch.ops.kdmos.polar_grid(points.contiguous(), offsets.contiguous(), *shape))
     return GriddedPoints(*reference.polar_grid(points, offsets, grid))
+
+
+@native.fake("polar_grid")
+def _(points, offsets, lower, upper, interval, bins):
+    num_points, context = points.shape[0], torch.library.get_ctx()
+    num_cells, num_voxels = context.new_dynamic_size(), context.new_dynamic_size()
+    sizes = (num_points, num_cells, num_cells + 1, num_points, num_voxels, num_voxels + 1, num_points)
+    return points.new_empty(num_points, 9), *(points.new_empty(size, dtype=torch.int64) for size in sizes)
+
+
+@native.fake("sort_by_cell")
+def _(cell, num_cells):
+    return torch.empty_like(cell), cell.new_empty(num_cells + 1)
+
+
+def sort_by_cell(cell: Tensor, num_cells: int) -> PointOrder:
+    """Points sorted by cell, those of a cell in their order, those outside [0, num_cells) last."""
+    return PointOrder(*torch.ops.kdmos.sort_by_cell(cell.contiguous(), num_cells))

@@ -6,6 +6,7 @@ Shapes, units and errors stand with the public functions of `kdmos.ops`; here is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,13 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid):
     index = index.long()
     rings, sectors, heights = grid.bins
     cell = (scan_index(offsets, len(points)) * rings + index[:, 0]) * sectors + index[:, 1]
-    voxels, voxel_rank = torch.unique(cell * heights + index[:, 2], return_inverse=True)
+    voxels, voxel_rank, in_voxel = torch.unique(cell * heights + index[:, 2], return_inverse=True, return_counts=True)
     # Voxels of one cell are neighbours in that order, so one sort serves both.
     cells, cell_of_voxel = torch.unique_consecutive(voxels // heights, return_inverse=True)
-    return features, index, cell_of_voxel[voxel_rank], cells, voxel_rank, voxels
+    voxel_start = F.pad(in_voxel.cumsum(0), (1, 0))
+    cell_start = voxel_start[F.pad(torch.bincount(cell_of_voxel, minlength=len(cells)).cumsum(0), (1, 0))]
+    order = voxel_rank.argsort(stable=True)
+    return features, cell_of_voxel[voxel_rank], cells, cell_start, voxel_rank, voxels, voxel_start, order
 
 
 def voxel_label(voxel_rank: Tensor, labels: Tensor, num_voxels: int, num_classes: int) -> Tensor:
@@ -101,22 +105,21 @@ def project(xyz: Tensor, grid: ResidualGrid) -> tuple[Tensor, Tensor]:
 
 
 def height_residual(
-    points: Tensor,
-    offsets: Tensor,
+    scans: Sequence[Tensor],
     transforms: Tensor,
     grid: ResidualGrid,
     newer: tuple[int, int],
     older: tuple[tuple[int, int], ...],
     read: tuple[int, int],
 ) -> Tensor:
-    num_scans, num_cells = offsets.numel() - 1, grid.rows * grid.columns
-    lowest = points.new_full((num_scans, num_cells), math.inf)
-    highest = points.new_full((num_scans, num_cells), -math.inf)
+    num_cells, like = grid.rows * grid.columns, scans[0]
+    lowest = like.new_full((len(scans), num_cells), math.inf)
+    highest = like.new_full((len(scans), num_cells), -math.inf)
     places = []
     # 1) the heights of each scan, seen from the frame that is asked for
-    for scan, xyz in enumerate(torch.split(points[:, :3], offsets.diff().tolist())):
+    for scan, points in enumerate(scans):
         rotation, translation = transforms[scan, :3, :3], transforms[scan, :3, 3]
-        xyz = (xyz.double() @ rotation.T + translation).to(points.dtype)
+        xyz = (points[:, :3].double() @ rotation.T + translation).to(points.dtype)
         cell, inside = project(xyz, grid)
         places.append((cell, inside))
         lowest[scan].scatter_reduce_(0, cell[inside], xyz[inside, 2], "amin")
@@ -137,7 +140,7 @@ def height_residual(
 
     # 3) each point reads the cell it lies in, from its own window's side
     new = height_range(newer)
-    out = points.new_zeros(sum(len(places[scan][0]) for scan in range(*read)), len(older))
+    out = like.new_zeros(sum(len(scans[scan]) for scan in range(*read)), len(older))
     for channel, window in enumerate(older):
         old = height_range(window)
         sides = ((newer, difference(new, old)), (window, difference(old, new)))
@@ -149,6 +152,53 @@ def height_residual(
                     out[row : row + len(cell), channel] = torch.where(inside, value[cell], 0.0)
             row += len(cell)
     return out
+
+
+def height_residual_sequence(scans: Sequence[Tensor], transforms: Tensor, grid: ResidualGrid) -> Tensor:
+    num_channels, half = transforms.shape[1], transforms.shape[1] // 2
+    lengths = [len(scan) for scan in scans]
+    out = scans[0].new_zeros(sum(lengths), num_channels)
+    channels = out.split(lengths)
+    for step, into_newest in enumerate(transforms):
+        window = scans[step : step + num_channels]
+        halves = ((half, num_channels), ((0, half),))
+        residual = height_residual(window, into_newest, grid, *halves, (0, num_channels))
+        for i, part in enumerate(residual[:, 0].split([len(scan) for scan in window])):
+            channels[step + i][:, num_channels - 1 - i] = part  # read that many scans later
+    return out
+
+
+class WrapAround(torch.autograd.Function):
+    """`wrap_around`: one copy each way."""
+
+    @staticmethod
+    def forward(ctx, halo: int, *parts: Tensor) -> Tensor:
+        ctx.halo, ctx.shapes = halo, [part.shape for part in parts]
+        batch, _, rings, sectors = parts[0].shape
+        channels = [part.shape[1] for part in parts]
+        size = (batch, sum(channels), rings, sectors + 2 * halo)
+        out = parts[0].new_zeros(size).contiguous(memory_format=torch.channels_last)
+        for place, part in zip(out.split(channels, 1), parts):
+            place[:, :, : part.shape[2], halo : halo + part.shape[3]] = part
+        if halo:
+            out[..., :halo], out[..., -halo:] = out[..., sectors : sectors + halo], out[..., halo : 2 * halo]
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, halo = [], ctx.halo
+        end = gradient.shape[3] - halo
+        for part, shape in zip(gradient.split([shape[1] for shape in ctx.shapes], 1), ctx.shapes):
+            inner = part[..., halo:end].clone(memory_format=torch.channels_last)
+            if halo:
+                inner[..., -halo:] += part[..., :halo]
+                inner[..., :halo] += part[..., end:]
+            gradients.append(inner[:, :, : shape[2], : shape[3]])
+        return None, *gradients
+
+
+def wrap_around(parts: Sequence[Tensor], halo: int) -> Tensor:
+    return WrapAround.apply(halo, *parts)
 
 
 def dysample(x: Tensor, offset: Tensor, scale: int, groups: int, circular: bool) -> Tensor:

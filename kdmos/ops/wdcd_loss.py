@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdmos.ops import reference
+from kdmos.ops import native, reference
 
 NORMALISERS = ("point", "weight", "class")
+MOST_CLASSES = 32  # of the native op
 
 
 def wdcd_loss(
@@ -56,7 +57,32 @@ def wdcd_loss(
         raise ValueError(f"wdcd_loss: normaliser must be one of {NORMALISERS}, got {normaliser!r}")
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     student, teacher, tckd, nckd, weight = (t.to(dtype) for t in (student, teacher, tckd, nckd, weight))
+    labels = labels if labels.dtype == torch.uint8 else labels.long()
+    if native.serves(student) and student.shape[1] <= MOST_CLASSES:
+        with_gradient = student.requires_grad and torch.is_grad_enabled()
+        rows = (student.contiguous(), teacher.detach().contiguous(), labels.contiguous())
+        tables = torch.stack([tckd, nckd, weight])
+        options = (float(temperature), NORMALISERS.index(normaliser), float(floor), with_gradient)
+        return torch.ops.kdmos.wdcd_loss(*rows, tables, offsets, *options)[0]
     with torch.autocast(student.device.type, enabled=False):
         return reference.wdcd_loss(
             student, teacher, labels.long(), tckd, nckd, weight, temperature, normaliser, offsets, floor
         )
+
+
+@native.fake("wdcd_loss")
+def _(student, teacher, labels, tables, offsets, temperature, normaliser, floor, with_gradient):
+    return student.new_empty(()), student.new_empty(student.shape[0] if with_gradient else 0, student.shape[1])
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1])  # formed with the loss
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, gradient, _):
+    (rows,) = ctx.saved_tensors
+    return rows * gradient, *(None,) * 8
+
+
+native.differentiate("wdcd_loss", _backward, _keep)

@@ -16,7 +16,7 @@ from kdmos import checkpoint, ops
 from kdmos.errors import InputError
 from kdmos.losses import WDCD, cross_entropy, lovasz_softmax
 from kdmos.models import DySample, Student, build_student, load_student, published, save_student
-from kdmos.models.blocks import CircularConv2d, DropBlock2d, Dropout, WrapAround, join
+from kdmos.models.blocks import CircularConv2d, DropBlock2d, Dropout
 from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings
 
 SMALL = PolarGrid(bins=(41, 24, 8))
@@ -393,16 +393,6 @@ def test_circular_convolution_wraps_phi_and_ends_rho():
     assert_close(layer(x), F.conv2d(F.pad(around, (0, 0, 1, 1)), layer.weight, layer.bias))
 
 
-def test_join_pads_after():
-    skip, up = torch.ones(1, 2, 5, 7), 2 * torch.ones(1, 3, 4, 6)
-    out = join(up, skip)
-    assert out.shape == (1, 5, 5, 7)
-    assert torch.equal(out[:, :2], skip)
-    assert torch.equal(out[:, 2:, :4, :6], up)
-    assert not out[:, 2:, 4].any()
-    assert not out[:, 2:, :, 6].any()
-
-
 def test_dropblock_drops_squares_of_all_channels():
     torch.manual_seed(0)
     layer = DropBlock2d()
@@ -697,20 +687,6 @@ def test_our_files_that_do_not_fit_are_refused(tmp_path):
 
 
 # --- What the blocks do quicker than torch's own layers ------------------------------------------------
-
-
-def test_wrapped_and_joined_in_one_copy():
-    """Equal to torch.cat and a circular F.pad, values and gradients, whatever the layout of the parts."""
-    torch.manual_seed(0)
-    parts = [torch.randn(2, channels, 3, 5, dtype=torch.float64, requires_grad=True) for channels in (2, 3)]
-    laid_out = [parts[0], parts[1].to(memory_format=torch.channels_last)]
-    joined = WrapAround.apply(*laid_out)
-    assert joined.is_contiguous(memory_format=torch.channels_last)
-    expected = F.pad(torch.cat(parts, 1), (1, 1, 0, 0), mode="circular")
-    assert torch.equal(joined, expected)
-    weight = torch.randn_like(expected)
-    for gradient, wanted in zip(*(torch.autograd.grad((out * weight).sum(), parts) for out in (joined, expected))):
-        assert_close(gradient, wanted)
 
 
 def test_weights_and_features_are_channels_last():

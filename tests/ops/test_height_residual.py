@@ -27,10 +27,9 @@ def cloud(heights, bottom=-3.0, y=0.5):
 
 
 def residual_of(scans, newer=NEWER, older=(OLDER,), read=None, transforms=None, grid=COARSE):
-    offsets = torch.tensor([0] + [len(scan) for scan in scans]).cumsum(0)
     if transforms is None:
         transforms = torch.eye(4, dtype=torch.float64).repeat(len(scans), 1, 1)
-    return height_residual(torch.cat(scans), offsets, transforms, grid, newer, older, read or (0, len(scans)))
+    return height_residual(scans, transforms, grid, newer, older, read or (0, len(scans)))
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +240,11 @@ def test_no_gradient_is_kept():
 
 
 def test_refuses_what_does_not_fit():
-    points, offsets, eye = torch.zeros(4, 3), torch.tensor([0, 2, 4]), torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
-    with pytest.raises(ValueError, match=r"height_residual: expected points \[N, >= 3\], got \[4, 2\]"):
-        height_residual(points[:, :2], offsets, eye, COARSE, NEWER, (OLDER,), (0, 2))
+    scans, eye = [torch.zeros(2, 3)] * 2, torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    with pytest.raises(ValueError, match=r"height_residual: expected scans \[n, >= 3\], got \[2, 2\]"):
+        height_residual([scan[:, :2] for scan in scans], eye, COARSE, NEWER, (OLDER,), (0, 2))
     with pytest.raises(ValueError, match=r"height_residual: expected transforms \[2, 4, 4\].*got \[1, 4, 4\]"):
-        height_residual(points, offsets, eye[:1], COARSE, NEWER, (OLDER,), (0, 2))
+        height_residual(scans, eye[:1], COARSE, NEWER, (OLDER,), (0, 2))
     for newer, older, read in (
         ((1, 3), (OLDER,), (0, 2)),
         ((1, 1), (OLDER,), (0, 2)),
@@ -254,4 +253,4 @@ def test_refuses_what_does_not_fit():
         (NEWER, (OLDER,), (1, 0)),
     ):
         with pytest.raises(ValueError, match=r"height_residual: scans \(-?\d, \d\) are not among 0\.\.2"):
-            height_residual(points, offsets, eye, COARSE, newer, older, read)
+            height_residual(scans, eye, COARSE, newer, older, read)

@@ -1,0 +1,75 @@
+// What every op needs, on the CPU and on the GPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#ifdef __CUDACC__
+#define KDMOS_BOTH __host__ __device__ __forceinline__
+#else
+#define KDMOS_BOTH inline __attribute__((always_inline))
+#endif
+
+namespace kdmos {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+// What a type is summed in.
+template <class T>
+struct Wide {
+  using type = float;
+};
+template <>
+struct Wide<double> {
+  using type = double;
+};
+template <class T>
+using wide_t = typename Wide<T>::type;
+
+// body(T{}) with the C++ type of a floating dtype.
+template <class Body>
+void for_floating(const char* op, ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    case ScalarType::Half: return body(Half{});
+    default: STD_TORCH_CHECK(false, op, ": not a floating point type");
+  }
+}
+
+inline Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(size), dtype);
+}
+
+inline Tensor zeros_as(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_zeros(like, std::vector<int64_t>(size), dtype);
+}
+
+// A [B, C, H, W] view of memory that holds [B, H, W, C].
+inline Tensor channels_last(const Tensor& nhwc) {
+  return torch::stable::transpose(torch::stable::transpose(nhwc, 2, 3), 1, 2);
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace kdmos

@@ -1,0 +1,50 @@
+// exp and log without calls and branches, so that the compiler turns loops over them into vectors.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../common.h"
+
+namespace kdmos {
+
+// e^x for x <= 88, relative error below 2e-7; 0 below -87.
+inline float exponential(float x) {
+  constexpr float kLog2e = 1.44269504088896341f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // ln 2 in two parts
+  const float clipped = x < -87.0f ? -87.0f : x;
+  const float n = std::nearbyint(clipped * kLog2e);
+  const float r = (clipped - n * kHigh) - n * kLow;  // [-ln 2 / 2, ln 2 / 2]
+  float p = 1.0f / 5040.0f;  // Taylor: the next term is 5e-9
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+// ln x for normal x > 0, absolute error below 2e-7 near 1.
+inline float logarithm(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2))
+  const int32_t shifted = bits - 0x3f3504f3, exponent = shifted >> 23;
+  const int32_t mantissa = (shifted & 0x007fffff) + 0x3f3504f3;
+  float m;
+  std::memcpy(&m, &mantissa, sizeof(m));
+  // ln m = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.172
+  const float s = (m - 1.0f) / (m + 1.0f), q = s * s;
+  const float series = 2.0f * s + s * q * (2.0f / 3.0f + q * (2.0f / 5.0f + q * (2.0f / 7.0f + q * (2.0f / 9.0f))));
+  return float(exponent) * 0.693147180559945f + series;
+}
+
+inline double exponential(double x) { return std::exp(x); }
+inline double logarithm(double x) { return std::log(x); }
+
+}  // namespace kdmos

@@ -1,0 +1,36 @@
+// The ops of the hot path. What each computes, its shapes and units stand in kdmos/ops/<op>.py; the arithmetic is
+// specified by kdmos/ops/reference.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(kdmos, m) {
+  m.def(
+      "polar_grid(Tensor points, Tensor offsets, float[] lower, float[] upper, float[] interval, int[] bins) -> "
+      "(Tensor features, Tensor cell_rank, Tensor cells, Tensor cell_start, Tensor voxel_rank, Tensor voxels, "
+      "Tensor voxel_start, Tensor order)");
+  m.def("sort_by_cell(Tensor cell, int num_cells) -> (Tensor order, Tensor start)");
+  m.def("voxel_label(Tensor labels, Tensor order, Tensor voxel_start, int num_classes) -> Tensor");
+  m.def("polar_scatter(Tensor features, Tensor? order, Tensor start) -> (Tensor maximum, Tensor argmax)");
+  m.def(
+      "polar_scatter_backward(Tensor gradient, Tensor argmax, Tensor? order, Tensor start, int num_points) -> Tensor");
+  m.def(
+      "polar_scatter_bev(Tensor features, Tensor? order, Tensor start, Tensor cells, int num_places) -> Tensor");
+  m.def("cells_to_bev(Tensor values, Tensor cells, int num_places) -> Tensor");
+  m.def(
+      "height_residual(Tensor[] scans, Tensor transforms, int[] bins, float[] limits, int[] windows, int[] read) -> "
+      "Tensor");
+  m.def(
+      "height_residual_sequence(Tensor[] scans, Tensor transforms, int[] bins, float[] limits) -> Tensor");
+  m.def("dysample(Tensor x, Tensor offset, int scale, int groups, bool circular) -> Tensor");
+  m.def(
+      "dysample_backward(Tensor gradient, Tensor x, Tensor offset, int scale, int groups, bool circular) -> "
+      "(Tensor x, Tensor offset)");
+  m.def("voxel_head(Tensor features, Tensor voxels, Tensor weight, Tensor bias, int heights) -> Tensor");
+  m.def(
+      "voxel_head_backward(Tensor gradient, Tensor features, Tensor voxels, Tensor weight, int heights) -> "
+      "(Tensor features, Tensor weight, Tensor bias)");
+  m.def(
+      "wdcd_loss(Tensor student, Tensor teacher, Tensor labels, Tensor tables, Tensor? offsets, float temperature, "
+      "int normaliser, float floor, bool with_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def("wrap_around(Tensor[] parts, int halo) -> Tensor");
+  m.def("wrap_around_backward(Tensor gradient, int[] shapes, int halo) -> Tensor[]");
+}
