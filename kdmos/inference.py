@@ -15,6 +15,7 @@ from kdmos.command import listed
 from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
 from kdmos.errors import InputError
 from kdmos.models import SHIPPED, Rule, Student
+from kdmos.models.fast import PRECISIONS, FastStudent
 from kdmos.motion import MotionStream
 
 
@@ -29,9 +30,19 @@ class ScanLogits(NamedTuple):
     logits: torch.Tensor
 
 
+def prepared(student: Student | Rule, precision: str = "float32") -> FastStudent | Rule:
+    """The student as inference runs it. Raises: InputError for an unknown precision."""
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
+    return student if isinstance(student, Rule) else FastStudent(student, precision)
+
+
 @torch.inference_mode()
 def sequence_logits(
-    student: Student | Rule, sequence: Sequence, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
+    student: Student | FastStudent | Rule,
+    sequence: Sequence,
+    device: torch.device | str = "cpu",
+    skip: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, ScanLogits | InputError | None]]:
     """Logits of a student for the scans of a sequence, in frame order.
 

@@ -20,7 +20,7 @@ from kdmos.command import run
 from kdmos.data.labels import to_raw
 from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, read_manifest
 from kdmos.errors import InputError
-from kdmos.inference import ScanLogits, asked_sequences, choose_device, fingerprint, sequence_logits
+from kdmos.inference import ScanLogits, asked_sequences, choose_device, fingerprint, prepared, sequence_logits
 from kdmos.models import SHIPPED, Rule, Student, load_student
 from kdmos.motion import warn_of_incomplete
 
@@ -137,6 +137,7 @@ def made_with(student: Student | Rule, checkpoint: str | Path, source: str | Pat
         "classes": classes,
         "form": motion.form,
         "lookahead": motion.lookahead,
+        "precision": str(getattr(student, "dtype", torch.float32)).removeprefix("torch."),
     }
 
 
@@ -184,6 +185,7 @@ def predict(
         int | None, typer.Option(help="Future scans to use, if not what the checkpoint was trained with.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Allow another look-ahead than the trained one.")] = False,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> int:
     """Write one label per point for every scan.
@@ -195,7 +197,7 @@ def predict(
         raise InputError(f"--classes {classes}: 2 (9, 251) or 4 (also 250 for movable)")
     found = asked_sequences(source, sequences, split)
     where = choose_device(device)
-    student = load_student(checkpoint, where, lookahead=lookahead, force=force)
+    student = prepared(load_student(checkpoint, where, lookahead=lookahead, force=force), precision)
     if str(checkpoint) in SHIPPED:
         print(f"student '{checkpoint}', shipped with kdmos: trained on synthetic scans alone (its card: {CARD})")
     if classes == 4 and "movable" not in student.classes:

@@ -24,7 +24,7 @@ from kdmos.command import run
 from kdmos.data.semantic_kitti import Sequence
 from kdmos.data.teacher_logits import REMEDY, TeacherLogits
 from kdmos.errors import InputError
-from kdmos.inference import ScanLogits, asked_sequences, choose_device, fingerprint, sequence_logits
+from kdmos.inference import ScanLogits, asked_sequences, choose_device, fingerprint, prepared, sequence_logits
 from kdmos.models import Rule, Student, load_student
 from kdmos.motion import warn_of_incomplete
 from kdmos.settings import MotionSettings
@@ -222,7 +222,9 @@ def teach(
         raise InputError(f"--name '{name}': expected the name of one folder")
     found = asked_sequences(source, sequences, split)
     where = choose_device("cpu" if verify else device)
-    student = None if checkpoint is None else load_student(checkpoint, where, lookahead=lookahead, force=force)
+    student = None
+    if checkpoint is not None:
+        student = prepared(load_student(checkpoint, where, lookahead=lookahead, force=force))
     settings = None if student is None else teacher_settings(student, checkpoint)
     motion = None if student is None else student.settings.motion
     store = TeacherLogits(output, name or _model(student))

@@ -14,7 +14,7 @@ from kdmos import teach, train
 from kdmos.config import load_config
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.data.teacher_logits import TeacherLogits
-from kdmos.inference import ScanLogits, sequence_logits
+from kdmos.inference import ScanLogits, prepared, sequence_logits
 from kdmos.losses import DISTILLATION
 from kdmos.models import build_student, load_student, save_student
 from kdmos.motion import motion_channels
@@ -99,10 +99,9 @@ def test_the_store_holds_the_logits_of_the_student_on_the_whole_sequence(data, t
     (sequence,) = find_sequences(data)
     scans = [torch.from_numpy(sequence.read_points(frame)) for frame in sequence.frames]
     residuals = motion_channels(scans, sequence.poses(), 8, motion.lookahead, motion.form)
-    student, store = load_student(checkpoint), TeacherLogits(tmp_path / "logits", "mine")
+    student, store = prepared(load_student(checkpoint)), TeacherLogits(tmp_path / "logits", "mine")
     for frame, points, residual in zip(sequence.frames, scans, residuals):
-        with torch.no_grad():
-            (logits,) = student.point_logits([points], [residual])
+        logits = student(points, torch.tensor([0, len(points)]), residual).point_logits
         found = store.read(sequence.scan(frame), sequence.points_path(frame), len(points), 4)
         np.testing.assert_array_equal(found, logits.numpy().astype(np.float16))
 

@@ -1,0 +1,227 @@
+"""A trained student made ready for inference: norms folded into the layers before them, half precision where wished."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdmos import ops
+from kdmos.models.blocks import CoAttention, ConvBlock, DySample, attend
+from kdmos.models.student import DecoderLevel, Encoder, Student, StudentOutput
+from kdmos.ops.polar_scatter import chunks, sorted_max
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def usable_precision(name: str, device: torch.device | str) -> torch.dtype:
+    """The dtype of a precision, float32 with a warning where the device has no fast way to compute in it.
+
+    Raises: ValueError for an unknown name.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {name!r}")
+    dtype, device = PRECISIONS[name], torch.device(device)
+    if dtype == torch.float32 or (device.type == "cuda" and dtype == torch.float16):
+        return dtype
+    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_in(dtype)
+    if not able:
+        warnings.warn(f"{name} is not computed natively on this {device.type}; staying in float32", stacklevel=2)
+    return dtype if able else torch.float32
+
+
+def _cpu_computes_in(dtype: torch.dtype) -> bool:
+    flags = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported")}
+    flags[torch.float16] = ("_is_amx_fp16_supported",)
+    return any(getattr(torch.cpu, flag, lambda: False)() for flag in flags[dtype])
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight [out, ...] and bias of a layer followed by a batch norm, as one layer."""
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    bias = torch.zeros_like(norm.running_mean) if bias is None else bias
+    return weight * factor.view(-1, *[1] * (weight.ndim - 1)), (bias - norm.running_mean) * factor + norm.bias
+
+
+class FoldedConv(nn.Module):
+    """3x3 convolution without padding in phi, its norm folded in, and LeakyReLU if `slope` is given."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, slope: float | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, bias = (conv.weight, conv.bias) if norm is None else fold(conv.weight, conv.bias, norm)
+        self.slope = slope
+        self.fused = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.weight = weight.detach().to(dtype, memory_format=torch.channels_last)
+        self.bias = bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused and self.slope is not None:
+            # oneDNN applies the activation before the result leaves the registers
+            sizes = ((1, 0), (1, 1), (1, 1), 1)
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, *sizes, "leaky_relu", [self.slope], ""
+            )
+        x = F.conv2d(x, self.weight, self.bias, padding=(1, 0))
+        return x if self.slope is None else F.leaky_relu_(x, self.slope)
+
+
+class FoldedBlock(nn.Module):
+    """A conv block. The circle is closed once for all its convolutions: each takes one sector off either end."""
+
+    def __init__(self, block: ConvBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            *(FoldedConv(layer.conv, layer.norm, layer.activation.negative_slope, dtype) for layer in block)
+        )
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        if parts[0].shape[3] >= len(self.convs):
+            return self.convs(ops.wrap_around(parts, len(self.convs)))
+        for conv in self.convs:  # the circle is shorter than what they need of it
+            parts = (conv(ops.wrap_around(parts)),)
+        return parts[0]
+
+
+class FoldedAttention(nn.Module):
+    """`CoAttention` with its norm folded in."""
+
+    def __init__(self, attention: CoAttention, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.fuse = FoldedBlock(attention.fuse, dtype)
+        self.gate = FoldedConv(attention.gate, None, None, dtype)
+        self.spatial, self.channel = (copy.deepcopy(part).to(dtype) for part in (attention.spatial, attention.channel))
+
+    def forward(self, appearance: Tensor, motion: Tensor) -> Tensor:
+        gates = self.gate(ops.wrap_around([self.fuse(appearance, motion)])).float().sigmoid().mean((2, 3))  # [B, 2]
+        return attend(appearance, motion, gates, self.spatial, self.channel)
+
+
+class FoldedEncoder(nn.Module):
+    """An encoder branch; its first norm becomes the values of the cells and of the background."""
+
+    def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FoldedBlock(block, dtype) for block in encoder.blocks)
+        norm = encoder.norm
+        self.factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+        self.background = (norm.bias - norm.running_mean * self.factor).detach()
+        self.dtype = dtype
+
+    def image(self, values: Tensor, cells: Tensor, num_scans: int, bins: tuple[int, int, int]) -> Tensor:
+        """Normalised dense image [B, C, R, A] of values [M, C]. Not folded into the convolution: its padding is 0."""
+        rings, sectors, _ = bins
+        values = torch.addcmul(self.background, values.float(), self.factor).to(self.dtype)
+        dense = self.background.to(self.dtype).repeat(num_scans * rings * sectors, 1).index_copy_(0, cells, values)
+        return dense.view(num_scans, rings, sectors, -1).permute(0, 3, 1, 2)
+
+    def level(self, index: int, x: Tensor) -> Tensor:
+        return self.blocks[index](F.max_pool2d(x, 2) if index else x)
+
+
+class FoldedDecoderLevel(nn.Module):
+    def __init__(self, level: DecoderLevel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up, self.block = level.up, FoldedBlock(level.block, dtype)
+        self.dtype = dtype
+        if isinstance(level.up, DySample) and level.up.style == "lp" and level.up.scope is None:
+            offset = level.up.offset
+            self.weight = (0.25 * offset.weight).detach().to(dtype)
+            self.bias = (0.25 * offset.bias + level.up.start.flatten()).detach().float()
+        else:
+            self.weight = None
+
+    def upsample(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return self.up(x.float()).to(self.dtype)
+        # the start is added in float32: half precision cannot tell sub-pixels apart
+        offset = F.conv2d(x, self.weight).float() + self.bias[:, None, None]
+        return ops.dysample(x, offset, self.up.scale, self.up.groups, self.up.circular)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block(skip, self.upsample(x))
+
+
+class FastStudent(nn.Module):
+    """A student for inference alone: the same answers in less time.
+
+    Batch norms are folded, convolution and activation are one step, the point MLP and the maximum over cells run
+    chunk by chunk. In float32 the logits differ by rounding only. In half precision the first layer of the point MLP,
+    the gates and the places of DySample stay in float32.
+
+    Args:
+        student: Any student; its weights are copied.
+        precision: "float32", "bfloat16" or "float16"; one that the device cannot compute in natively becomes float32,
+            with a warning.
+    Raises: ValueError for another precision.
+    """
+
+    def __init__(self, student: Student, precision: str = "float32") -> None:
+        super().__init__()
+        self.settings, self.header = student.settings, student.header
+        self.dtype = dtype = usable_precision(precision, student.head.weight.device)
+        with torch.no_grad():
+            self._fold(copy.deepcopy(student), dtype)
+        self.requires_grad_(False).eval()
+
+    def _fold(self, student: Student, dtype: torch.dtype) -> None:
+        mlp, unet = student.point_mlp, student.unet
+        layers = [fold(layer[0].weight, layer[0].bias, layer[1]) for layer in mlp.layers]
+        # the norm of the features goes into the first layer: it has no padding
+        factor = mlp.norm.weight / (mlp.norm.running_var + mlp.norm.eps).sqrt()
+        shift = mlp.norm.bias - mlp.norm.running_mean * factor
+        (weight, bias), *others = layers
+        layers = [(weight * factor, weight @ shift + bias), *((w.to(dtype), b.to(dtype)) for w, b in others)]
+        self.mlp = [(w.detach(), b.detach()) for w, b in layers]
+        compress = student.compress
+        self.last = mlp.out.weight.detach().to(dtype)
+        # the bias of the last layer moves a maximum with it, and so moves on into the next layer
+        self.compress = compress.weight.detach().to(dtype)
+        self.compress_bias = (compress.weight @ mlp.out.bias + compress.bias).detach().to(dtype)
+        self.appearance, self.motion = (FoldedEncoder(branch, dtype) for branch in (unet.appearance, unet.motion))
+        self.attention = nn.ModuleList(FoldedAttention(attention, dtype) for attention in unet.attention)
+        self.decoder = nn.ModuleList(FoldedDecoderLevel(level, dtype) for level in unet.decoder)
+        self.head_weight, self.head_bias = (p.detach() for p in (student.head.weight, student.head.bias))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.settings.classes
+
+    @property
+    def moving(self) -> int:
+        return self.settings.moving
+
+    def cell_features(self, features: Tensor, start: Tensor) -> Tensor:
+        """[N, 9] sorted by cell -> [M, 32], a chunk of whole cells after the other."""
+        out = []
+        for first, last, begin, end in chunks(start):
+            x = features[begin:end]
+            for weight, bias in self.mlp:
+                x = F.linear(x.to(weight.dtype), weight, bias).relu_()
+            x = sorted_max(x.to(self.last.dtype) @ self.last.T, start[first : last + 1] - begin)
+            out.append(F.linear(x, self.compress, self.compress_bias).relu_())
+        return torch.cat(out)
+
+    @torch.inference_mode()
+    def forward(self, points: Tensor, offsets: Tensor, residual: Tensor) -> StudentOutput:
+        """As `Student.forward`; the logits are float32 whatever the precision."""
+        num_scans, grid = offsets.numel() - 1, self.settings.grid
+        gridded = ops.polar_grid(points, offsets, grid)
+        order = gridded.by_cell
+        cells, bins = gridded.cells, grid.bins
+        values = self.cell_features(gridded.features.index_select(0, order.order), order.start)
+        appearance = self.appearance.image(values, cells, num_scans, bins)
+        motion, _ = ops.polar_scatter(residual, gridded.cell_rank, len(cells), order)
+        motion = self.motion.image(motion, cells, num_scans, bins)
+        skips = []
+        for level, attention in enumerate(self.attention):
+            appearance = self.appearance.level(level, appearance)
+            motion = self.motion.level(level, motion)
+            appearance = attention(appearance, motion)
+            skips.append(appearance)
+        x = self.appearance.level(len(skips), appearance)
+        for level in self.decoder:
+            x = level(x, skips.pop())
+        return StudentOutput(ops.voxel_head(x, gridded.voxels, self.head_weight, self.head_bias, grid), gridded)
