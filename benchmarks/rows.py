@@ -23,7 +23,10 @@ def processor() -> str:
 
 
 def append(name: str, row: dict, device: str = "cpu") -> Path:
-    """Append a row to results/<name>.csv, after date, commit, torch version and device."""
+    """Append a row to results/<name>.csv, after date, commit, torch version and device.
+
+    Raises: ValueError if the file has other columns.
+    """
     commit = subprocess.run(
         ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -37,6 +40,11 @@ def append(name: str, row: dict, device: str = "cpu") -> Path:
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
+    if not new:
+        with open(path, newline="") as file:
+            columns = next(csv.reader(file))
+        if columns != [*about, *row]:
+            raise ValueError(f"{path}: has the columns {', '.join(columns)}, not {', '.join([*about, *row])}")
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, [*about, *row])
         if new:

@@ -1,0 +1,71 @@
+"""The student on a real scan, points and residuals in -> point logits out, against the authors' arrangement.
+
+    python -m benchmarks.bench_student [SEQUENCE] [--device cuda]
+
+Gridding included on both sides; residuals given; batch 1; the published grid; the shipped weights on both sides.
+The limit counts the multiply-adds of the convolutions and the point MLP at the rate of a plain matrix product.
+"""
+
+from __future__ import annotations
+
+from .timing import Case, clock, main, real_scans
+
+GMAC = 33.0  # 28 of convolutions, 5 of the point MLP, see kdmos.models.student
+
+
+def multiply_adds_per_second(dtype, device: str) -> float:
+    """Of a matrix product of 2048 x 2048."""
+    import numpy as np
+    import torch
+
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    return 2048**3 / float(np.median([clock(lambda: a @ b, device) for _ in range(12)][2:]))
+
+
+def cases(arguments) -> list[Case]:
+    import torch
+
+    from kdmos.models import load_student
+    from kdmos.models.fast import FastStudent
+    from kdmos.motion import motion_channels
+
+    from . import baseline
+
+    device = arguments.device
+    scans, poses, _, name = real_scans(arguments.sequence)
+    points, residual = scans[7], motion_channels(scans, poses)[7]
+    student = load_student("synthetic", device)
+    theirs = baseline.Student(4, 8).to(device).eval()
+    packed, given = torch.from_numpy(points).to(device), torch.from_numpy(residual).to(device)
+    offsets = torch.tensor([0, len(points)], device=device)
+
+    def run(model):
+        with torch.inference_mode():
+            return model(packed, offsets, given).point_logits
+
+    found = [
+        Case(
+            "float32, as trained",
+            lambda: baseline.predict(theirs, [points], [residual]),
+            lambda: run(student),
+            scans=name,
+            limit_ms=1e12 * GMAC / multiply_adds_per_second(torch.float32, device),
+        )
+    ]
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        fast = FastStudent(student, precision)
+        if fast.dtype == dtype:
+            found.append(
+                Case(
+                    f"{precision}, FastStudent",
+                    lambda: baseline.predict(theirs, [points], [residual]),
+                    lambda fast=fast: run(fast),
+                    scans=name,
+                    limit_ms=1e12 * GMAC / multiply_adds_per_second(dtype, device),
+                )
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main("student", cases, __doc__)

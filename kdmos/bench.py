@@ -1,0 +1,85 @@
+"""`kdmos bench`: this package against plain torch and numpy on this machine, op by op and end to end."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kdmos.command import listed, run
+from kdmos.errors import InputError
+from kdmos.inference import choose_device
+
+BENCHMARKS = ("height_residual", "polar_grid", "polar_scatter", "dysample", "wdcd_loss", "student", "training_step")
+
+
+def benchmarks_package() -> str:
+    """Where benchmarks/ is: inside an installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    if (here / "benchmarks").is_dir():
+        return "kdmos.benchmarks"
+    sys.path.insert(0, str(here.parent))
+    return "benchmarks"
+
+
+def bench(
+    sequence: Annotated[
+        Path | None, typer.Argument(help="Sequence folder with labels and 16 scans; default: synthetic scans.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help=f"Some of {', '.join(BENCHMARKS)}.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Runs of either side, in turns, after 3 to warm up.")] = 15,
+    append: Annotated[bool, typer.Option("--append", help="Add the rows to benchmarks/results/*.csv.")] = False,
+) -> None:
+    """Compare speed with the authors' arrangement in plain torch and numpy.
+
+    Both sides run in turns in one process; medians. "limit" is the least time the work can take here, by the measured
+    copy bandwidth or the rate of a matrix product, and how much of our time that is.
+    """
+    wanted = listed(only, "--only") or list(BENCHMARKS)
+    unknown = [name for name in wanted if name not in BENCHMARKS]
+    if unknown:
+        raise InputError(f"--only {', '.join(unknown)}: the benchmarks are {', '.join(BENCHMARKS)}")
+    device = choose_device(device).type
+    package, console = benchmarks_package(), Console()
+    rows, timing = (import_module(f"{package}.{name}") for name in ("rows", "timing"))
+    folder = None if sequence is None else str(sequence)
+    table = Table(
+        "benchmark",
+        "case",
+        "plain",
+        "kdmos",
+        "ratio",
+        "limit",
+        "of it",
+        title=f"kdmos against plain torch and numpy, {device}",
+    )
+    for name in wanted:
+        module = import_module(f"{package}.bench_{name}")
+        arguments = Namespace(sequence=folder, device=device)
+        if name == "training_step":
+            found = module.measure(folder, device, rounds)
+        else:
+            found = (timing.compare(case, device, rounds) for case in module.cases(arguments))
+        for row in found:
+            times = [f"{row[f'{side}_ms']:.2f} ms" for side in ("baseline", "kdmos")]
+            limits = [f"{row['limit_ms']:.2f} ms", f"{row['share_of_limit']:.0%}"] if "limit_ms" in row else ["", ""]
+            table.add_row(name, row["case"], *times, f"{row['ratio']:.1f}x", *limits)
+            console.print(f"{name}: {row['case']}: {row['ratio']:.1f}x")
+            if append:
+                rows.append(name, row, device)
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(bench, "bench", argv)
+
+
+if __name__ == "__main__":
+    main()
