@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: test demo setup lint clean
+.PHONY: test demo setup lint clean gpu gpu-pack
 
 test: setup lint
 	$(BIN)/python -m pytest --cov --cov-report=term
@@ -13,6 +13,27 @@ test: setup lint
 # SEEDS=3 trains three pairs of students.
 demo: setup
 	$(BIN)/python -m kdmos.demo $(if $(REAL),--real $(REAL)) $(if $(SEEDS),--seeds $(SEEDS))
+
+# On a machine with a GPU and a CUDA build of torch, with the Python that is there: builds the kernels, runs every op and
+# student test on both devices, then the benchmarks, whose rows are appended to benchmarks/results.
+GPU_PACK ?= gpu_pack
+GPU_TESTS = tests/ops tests/models/test_student.py tests/models/test_fast.py tests/models/test_student_on_gpu.py
+GPU_BENCHMARKS = polar_grid polar_scatter dysample wdcd_loss height_residual student training_step
+gpu:
+	KDMOS_CUDA=on $(PYTHON) setup.py -q build_ext --inplace
+	KDMOS_REQUIRE_SHARED=1 KDMOS_SHARED=$(GPU_PACK) $(PYTHON) -m pytest -q $(GPU_TESTS)
+	for name in $(GPU_BENCHMARKS); do \
+	    $(PYTHON) -m benchmarks.bench_$$name $(GPU_PACK)/realdata/kitti-raw-0005-a --device cuda || exit 1; done
+
+# What those tests and benchmarks read, in one folder that git ignores: the goldens and eight real scans.
+SHARED ?= ../shared
+gpu-pack:
+	rm -rf $(GPU_PACK)
+	mkdir -p $(GPU_PACK)/goldens $(GPU_PACK)/realdata/kitti-raw-0005-a/velodyne $(GPU_PACK)/realdata/kitti-raw-0005-a/labels
+	cp $(SHARED)/goldens/*student* $(SHARED)/goldens/a3_* $(GPU_PACK)/goldens
+	for name in poses.txt calib.txt velodyne/00000[0-7].bin labels/00000[0-7].label; do \
+	    cp $(SHARED)/realdata/kitti-raw-0005-a/$$name $(GPU_PACK)/realdata/kitti-raw-0005-a/$$(dirname $$name); done
+	du -sh $(GPU_PACK)
 
 lint: setup
 	$(BIN)/ruff check .

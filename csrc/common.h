@@ -62,6 +62,11 @@ inline Tensor channels_last(const Tensor& nhwc) {
   return torch::stable::transpose(torch::stable::transpose(nhwc, 2, 3), 1, 2);
 }
 
+// The other way: [B, H, W, C] of a [B, C, H, W], contiguous if that is channels last.
+inline Tensor nhwc(const Tensor& nchw) {
+  return torch::stable::transpose(torch::stable::transpose(nchw, 1, 2), 2, 3);
+}
+
 template <class T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

@@ -78,8 +78,6 @@ Shape shape_of(const Tensor& x, const Tensor& offset, int64_t scale, int64_t gro
   return n;
 }
 
-Tensor nhwc(const Tensor& x) { return torch::stable::transpose(torch::stable::transpose(x, 1, 2), 2, 3); }
-
 Tensor dysample(const Tensor& x_nchw, const Tensor& offset_nchw, int64_t scale, int64_t groups, bool circular) {
   const Tensor x = nhwc(x_nchw), offset = nhwc(offset_nchw);
   const Shape n = shape_of(x, offset, scale, groups, circular);
@@ -177,14 +175,14 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
                 const T *xa = from + corner.pixel[0] * n.C + channel, *xb = from + corner.pixel[1] * n.C + channel;
                 const T *xc = from + corner.pixel[2] * n.C + channel, *xd = from + corner.pixel[3] * n.C + channel;
                 const int64_t size = constant() ? constant() : width;
-                F a = 0, bb = 0, c = 0, d = 0;  // <gradient, corner>
-#pragma omp simd reduction(+ : a, bb, c, d)
-                for (int64_t k = 0; k < size; ++k) {
-                  const F g = F(up[k]);
-                  a += g * F(xa[k]), bb += g * F(xb[k]), c += g * F(xc[k]), d += g * F(xd[k]);
-                }
                 const F along = at.along[p], down = at.down[p];
-                const F gx = (1 - down) * (bb - a) + down * (d - c), gy = (1 - along) * (c - a) + along * (d - bb);
+                F gx = 0, gy = 0;  // two sums over the channels, not one for each corner: sums across lanes cost most
+#pragma omp simd reduction(+ : gx, gy)
+                for (int64_t k = 0; k < size; ++k) {
+                  const F g = F(up[k]), a = F(xa[k]), b_ = F(xb[k]), c = F(xc[k]), d = F(xd[k]);
+                  gx += g * ((1 - down) * (b_ - a) + down * (d - c));
+                  gy += g * ((1 - along) * (c - a) + along * (d - b_));
+                }
                 to_shift[pixel * 2 * n.P + p] = at.free_along[p] ? gx : F(0);
                 to_shift[pixel * 2 * n.P + n.P + p] = at.free_down[p] ? gy : F(0);
                 bool crosses = false;

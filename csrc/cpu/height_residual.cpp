@@ -35,31 +35,38 @@ struct Step {
   const double* transforms;  // [num_scans, 4, 4]
 };
 
-// Cells of points [begin, end) of a scan, -1 outside, to `cells` (or not, if null), and their heights to `bounds`.
-void project(const Step& step, const Part& part, const ResidualGrid grid, float* __restrict__ bounds,
+// (largest -z, largest z) of a cell: one cache line and one maximum a point.
+using Bounds = float __attribute__((vector_size(8)));
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// Cells of points [begin, end) of a scan to `cells` (or not, if null), and their heights to `bounds`. What lies outside
+// the grid goes into one more cell after the last.
+template <int kStride>
+void project(const Step& step, const Part& part, const ResidualGrid grid, Bounds* __restrict__ bounds,
              int32_t* __restrict__ cells) {
   const Scan& scan = step.scans[part.scan];
+  const int64_t stride = kStride ? kStride : scan.stride;
+  const int32_t outside = grid.rows * grid.columns;
   double m[12];
   std::copy_n(step.transforms + 16 * part.scan, 12, m);
   float x[kBlock], y[kBlock], z[kBlock];
   int32_t cell[kBlock];
   for (int64_t first = part.begin; first < part.end; first += kBlock) {
     const int size = int(std::min<int64_t>(kBlock, part.end - first));
-    const float* p = scan.points + first * scan.stride;
-    for (int i = 0; i < size; ++i, p += scan.stride) x[i] = p[0], y[i] = p[1], z[i] = p[2];
+    const float* p = scan.points + first * stride;
+    for (int i = 0; i < size; ++i) x[i] = p[i * stride], y[i] = p[i * stride + 1], z[i] = p[i * stride + 2];
     for (int i = 0; i < size; ++i) {
       const double px = x[i], py = y[i], pz = z[i];
       const float qx = float(m[0] * px + m[1] * py + m[2] * pz + m[3]);
       const float qy = float(m[4] * px + m[5] * py + m[6] * pz + m[7]);
       const float qz = float(m[8] * px + m[9] * py + m[10] * pz + m[11]);
-      cell[i] = residual_cell(qx, qy, qz, grid);
+      const int32_t at = residual_cell(qx, qy, qz, grid);
+      cell[i] = at < 0 ? outside : at;
       z[i] = qz;
     }
     for (int i = 0; i < size; ++i) {
-      if (cell[i] < 0) continue;
-      float* bound = bounds + 2 * int64_t(cell[i]);  // (min, max) side by side: one cache line a point
-      bound[0] = z[i] < bound[0] ? z[i] : bound[0];
-      bound[1] = z[i] > bound[1] ? z[i] : bound[1];
+      const Bounds here{-z[i], z[i]}, before = bounds[cell[i]];
+      bounds[cell[i]] = here > before ? here : before;  // NaN lies outside and is not larger
     }
     if (cells) std::copy(cell, cell + size, cells + (first - part.begin));
   }
@@ -68,8 +75,8 @@ void project(const Step& step, const Part& part, const ResidualGrid grid, float*
 // Where a step's points and results lie between its stages. One thread's in the sequence form.
 struct Workspace {
   Workspace(int64_t num_bounds, int64_t num_cells, int64_t num_windows, int64_t num_points)
-      : bounds(2 * num_bounds * num_cells), values(2 * num_windows * num_cells), cells(num_points) {}
-  Scratch<float> bounds;   // [part, cell, (min, max)]
+      : bounds(num_bounds * (num_cells + 1)), values(2 * num_windows * (num_cells + 1)), cells(num_points) {}
+  Scratch<Bounds> bounds;  // [part, cell]
   Scratch<float> values;   // [older window, (newer - older, older - newer), cell]
   Scratch<int32_t> cells;  // of the points that are read
 };
@@ -105,8 +112,8 @@ class WindowStep {
 
   int64_t num_bounds() const { return int64_t(parts_.size()); }
 
-  // out[row of the points read][older window], each written where `Write` says.
-  template <class Write>
+  // write(scan, point of the scan, row of the points read, older window, value) for each, or for those that are not 0.
+  template <bool kAll, class Write>
   void run(const Step& step, Workspace& space, const Write& write) const {
     const int64_t num_cells = int64_t(grid_.rows) * grid_.columns, W = int64_t(older_.size());
     std::vector<int64_t> row(read_.stop - read_.start + 1, 0);  // first row of each scan that is read
@@ -116,47 +123,47 @@ class WindowStep {
     // 1) heights per cell
     torch::stable::parallel_for(0, num_bounds(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        float* bounds = space.bounds + 2 * b * num_cells;
-        constexpr float inf = std::numeric_limits<float>::infinity();
-        for (int64_t i = 0; i < num_cells; ++i) bounds[2 * i] = inf, bounds[2 * i + 1] = -inf;
+        Bounds* bounds = space.bounds + b * (num_cells + 1);
+        std::fill(bounds, bounds + num_cells, Bounds{kNone, kNone});
         for (const Part& part : parts_[b]) {
           const bool is_read = read_.start <= part.scan && part.scan < read_.stop;
-          project(step, part, grid_, bounds, is_read ? space.cells + row[part.scan - read_.start] + part.begin : nullptr);
+          int32_t* cells = is_read ? space.cells + row[part.scan - read_.start] + part.begin : nullptr;
+          step.scans[part.scan].stride == 4 ? project<4>(step, part, grid_, bounds, cells)
+                                            : project<0>(step, part, grid_, bounds, cells);
         }
       }
     });
-    // 2) the difference of the windows, ray by ray: columns run from far to near
+    // 2) the difference of the windows, ray by ray: columns run from far to near, and what lies before the first cell
+    // of a ray that has a height is hidden
+    for (int64_t w = 0; w < 2 * W; ++w) space.values[(w + 1) * (num_cells + 1) - 1] = 0.0f;  // outside the grid
     torch::stable::parallel_for(0, grid_.rows, 32, [&](int64_t begin, int64_t end) {
       const int64_t columns = grid_.columns;
-      std::vector<float> low(columns), high(columns), newest(columns), oldest(columns);
-      std::vector<uint8_t> newest_hidden(columns), oldest_hidden(columns);
-      const auto height_range = [&](int64_t r, Span window, std::vector<float>& extent, std::vector<uint8_t>& hidden) {
-        constexpr float inf = std::numeric_limits<float>::infinity();
-        std::fill(low.begin(), low.end(), inf);
-        std::fill(high.begin(), high.end(), -inf);
+      std::vector<float> both(2 * columns), newest(columns), oldest(columns);
+      const auto height_range = [&](int64_t r, Span window, std::vector<float>& extent) {  // -> the first seen column
+        bool any = false;
         for (int64_t b = 0; b < num_bounds(); ++b) {
           if (group_[b].start < window.start || group_[b].stop > window.stop) continue;
-          const float* bounds = space.bounds + 2 * (b * num_cells + r * columns);
-          for (int64_t c = 0; c < columns; ++c) {
-            low[c] = std::min(low[c], bounds[2 * c]);
-            high[c] = std::max(high[c], bounds[2 * c + 1]);
-          }
+          const float* bounds = reinterpret_cast<const float*>(space.bounds + b * (num_cells + 1) + r * columns);
+          for (int64_t i = 0; i < 2 * columns; ++i) both[i] = any && both[i] > bounds[i] ? both[i] : bounds[i];
+          any = true;
         }
-        bool seen = false;
         for (int64_t c = 0; c < columns; ++c) {
-          extent[c] = high[c] > low[c] ? high[c] - low[c] : 0.0f;
-          seen |= extent[c] > 0.0f;
-          hidden[c] = !seen;
+          const float height = both[2 * c] + both[2 * c + 1];  // -min + max
+          extent[c] = height > 0.0f ? height : 0.0f;
         }
+        int64_t seen = 0;
+        while (seen < columns && extent[seen] == 0.0f) ++seen;
+        return seen;
       };
       for (int64_t r = begin; r < end; ++r) {
-        height_range(r, newer_, newest, newest_hidden);
+        const int64_t newest_seen = height_range(r, newer_, newest);
         for (int64_t w = 0; w < W; ++w) {
-          height_range(r, older_[w], oldest, oldest_hidden);
-          float* values = space.values + 2 * w * num_cells + r * columns;
+          const int64_t oldest_seen = height_range(r, older_[w], oldest);
+          float* __restrict__ at_newer = space.values + 2 * w * (num_cells + 1) + r * columns;
+          float* __restrict__ at_older = at_newer + num_cells + 1;
           for (int64_t c = 0; c < columns; ++c) {
-            values[c] = height_difference(newest[c], oldest[c], oldest_hidden[c], grid_);
-            values[num_cells + c] = height_difference(oldest[c], newest[c], newest_hidden[c], grid_);
+            at_newer[c] = height_difference(newest[c], oldest[c], c < oldest_seen, grid_);
+            at_older[c] = height_difference(oldest[c], newest[c], c < newest_seen, grid_);
           }
         }
       }
@@ -166,13 +173,26 @@ class WindowStep {
       const int64_t first = row[s - read_.start];
       for (int64_t w = 0; w < W; ++w) {
         const Span older = older_[w];
-        const float* values = space.values + 2 * w * num_cells;
+        const float* values = space.values + 2 * w * (num_cells + 1);
         const bool is_new = newer_.start <= s && s < newer_.stop, is_old = older.start <= s && s < older.stop;
-        const float* side = is_old ? values + num_cells : is_new ? values : nullptr;
+        const float* __restrict__ side = values + (is_old ? num_cells + 1 : 0);
+        const float factor = is_old || is_new ? 1.0f : 0.0f;
         torch::stable::parallel_for(0, step.scans[s].size, kGrain, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const int32_t cell = space.cells[first + i];
-            write(s, i, first + i, w, side && cell >= 0 ? side[cell] : 0.0f);
+          constexpr int kRead = 64;
+          float value[kRead];
+          for (int64_t i = begin; i < end; i += kRead) {
+            const int size = int(std::min<int64_t>(kRead, end - i));
+            const int32_t* __restrict__ cells = space.cells + first + i;
+            int32_t any = kAll;
+#pragma omp simd reduction(| : any)
+            for (int k = 0; k < size; ++k) {
+              value[k] = factor * side[cells[k]];
+              any |= value[k] != 0.0f;
+            }
+            if (!any) continue;
+            for (int k = 0; k < size; ++k) {
+              if (kAll || value[k] != 0.0f) write(s, i + k, first + i + k, w, value[k]);
+            }
           }
         });
       }
@@ -220,7 +240,7 @@ Tensor height_residual(const std::vector<Tensor>& tensors, const Tensor& transfo
   Workspace space(step.num_bounds(), int64_t(grid.rows) * grid.columns, W, num_read);
   Tensor residual = empty_as(tensors.at(0), {num_read, W}, ScalarType::Float);
   float* out = mutable_data<float>(residual);
-  step.run({scans.data(), data<double>(transforms)}, space,
+  step.run<true>({scans.data(), data<double>(transforms)}, space,
            [&](int64_t, int64_t, int64_t row, int64_t w, float value) { out[row * W + w] = value; });
   return residual;
 }
@@ -245,9 +265,9 @@ Tensor height_residual_sequence(const std::vector<Tensor>& tensors, const Tensor
     Workspace space(step.num_bounds(), int64_t(grid.rows) * grid.columns, 1, most);
     for (int64_t i = begin; i < end; ++i) {
       step.plan(scans.data() + i, K, threads);
-      step.run({scans.data() + i, data<double>(transforms) + i * K * 16}, space,
-               [&](int64_t s, int64_t point, int64_t, int64_t, float value) {
-                 if (value != 0.0f) out[(row[i + s] + point) * K + (K - 1 - s)] = value;  // 2 % of them
+      step.run<false>({scans.data() + i, data<double>(transforms) + i * K * 16}, space,
+               [&](int64_t s, int64_t point, int64_t, int64_t, float value) {  // 2 % of them
+                 out[(row[i + s] + point) * K + (K - 1 - s)] = value;
                });
     }
   };

@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
       for (int i = 0; i < size; ++i) {
         const float x = p[4 * i], y = p[4 * i + 1], z = p[4 * i + 2];
         r[i] = std::sqrt(x * x + y * y);
-        a[i] = angle(y, x);
+        a[i] = angle<double>(y, x);
         const int ring = polar_index(r[i], rho.lower, rho.upper, rho.interval);
         const int sector = polar_index(a[i], phi.lower, phi.upper, phi.interval);
         up[i] = polar_index(z, height.lower, height.upper, height.interval);
@@ -69,30 +69,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     }
   });
 
-  // 2) counting sort by BEV cell, scan by scan; a cell's points stay in their order
-  Scratch<int32_t> by_cell(N);             // points, sorted by cell
-  Scratch<int32_t> cell_end(N + 1);        // of the cells of a scan, from its first point on
-  Scratch<int32_t> cell_place(N);          // their places
+  // 2) counting sort by BEV cell, scan by scan, by as many workers a scan as there are threads for it; a cell's points
+  // stay in their order
+  const int64_t places = R * A, workers = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, B));
+  Scratch<int32_t> by_cell(N);                // points, sorted by cell
+  Scratch<int32_t> cell_end(N + 1);           // of the cells of a scan, from its first point on
+  Scratch<int32_t> cell_place(N);             // their places
+  Scratch<int32_t> next(B * workers * places);  // how many points each worker has in a cell; then where its next one goes
   Scratch<int64_t> num_cells(B + 1);
+  const auto for_workers = [&](const auto& work) {  // work(its counters, its first point, its last)
+    torch::stable::parallel_for(0, B * workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / workers, worker = task % workers, size = start[b + 1] - start[b];
+        work(next + task * places, start[b] + share(size, workers, worker), start[b] + share(size, workers, worker + 1));
+      }
+    });
+  };
+  for_workers([&](int32_t* count, int64_t first, int64_t last) {
+    std::memset(count, 0, places * sizeof(int32_t));
+    for (int64_t i = first; i < last; ++i) ++count[place[i]];
+  });
   torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-    Scratch<int32_t> next(R * A);
     for (int64_t b = begin; b < end; ++b) {
-      std::memset(next, 0, R * A * sizeof(int32_t));
-      for (int64_t i = start[b]; i < start[b + 1]; ++i) ++next[place[i]];
       int32_t sum = int32_t(start[b]);
       int64_t cells = 0;
-      for (int64_t c = 0; c < R * A; ++c) {
-        const int32_t count = next[c];
-        next[c] = sum;
-        sum += count;
-        if (count) {
+      for (int64_t c = 0; c < places; ++c) {
+        const int32_t before = sum;
+        for (int64_t worker = 0; worker < workers; ++worker) {
+          int32_t& count = next[(b * workers + worker) * places + c];
+          const int32_t size = count;
+          count = sum;
+          sum += size;
+        }
+        if (sum > before) {
           cell_place[start[b] + cells] = int32_t(c);
           cell_end[start[b] + cells++] = sum;
         }
       }
-      for (int64_t i = start[b]; i < start[b + 1]; ++i) by_cell[next[place[i]]++] = int32_t(i);
       num_cells[b + 1] = cells;
     }
+  });
+  for_workers([&](int32_t* to, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) by_cell[to[place[i]]++] = int32_t(i);
   });
   num_cells[0] = 0;
   for (int64_t b = 0; b < B; ++b) num_cells[b + 1] += num_cells[b];

@@ -27,9 +27,9 @@ Shape shape_of(const Tensor& features, const Tensor& voxels, const Tensor& weigh
 
 template <class T>
 const T* nhwc_data(const Tensor& features) {
-  const Tensor nhwc = torch::stable::transpose(torch::stable::transpose(features, 1, 2), 2, 3);
-  STD_TORCH_CHECK(nhwc.is_contiguous(), "voxel_head: features must be channels last");
-  return data<T>(nhwc);
+  const Tensor rows = nhwc(features);
+  STD_TORCH_CHECK(rows.is_contiguous(), "voxel_head: features must be channels last");
+  return data<T>(rows);
 }
 
 Tensor voxel_head(const Tensor& features, const Tensor& voxels, const Tensor& weight, const Tensor& bias,

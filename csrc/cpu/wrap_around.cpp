@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // values a thread copies at least
 
-Tensor nhwc(const Tensor& image) { return torch::stable::transpose(torch::stable::transpose(image, 1, 2), 2, 3); }
-
 // parts [B, C_i, R_i, A_i], R_i <= R_0 and A_i <= A_0, zeros after the smaller ones: [B, sum C_i, R_0, A_0 + 2 halo].
 Tensor wrap_around(const std::vector<Tensor>& images, int64_t halo) {
   std::vector<Tensor> parts;

@@ -5,11 +5,9 @@
 // because where a sub-pixel reads is learned. Those add up in no fixed order: the gradient of x is not deterministic
 // to the last bits; that of the offsets and the forward pass are.
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 
 #include "../dysample.h"
-#include "launch.cuh"
+#include "vectors.cuh"
 
 namespace kdmos {
 namespace {
@@ -29,39 +27,6 @@ struct Shape {
   int64_t C;
   bool circular;
 };
-
-// V values that are loaded and stored together: 16 bytes where V > 1.
-template <class T, int V>
-struct Pack {
-  T value[V];
-};
-
-template <int V, class T>
-__device__ Pack<T, V> load(const T* __restrict__ from) {
-  Pack<T, V> pack;
-  if constexpr (V == 1) {
-    pack.value[0] = *from;
-  } else {
-    static_assert(sizeof(pack) % 16 == 0);
-    uint4 raw[sizeof(pack) / 16];
-#pragma unroll
-    for (int k = 0; k < int(sizeof(pack) / 16); ++k) raw[k] = __ldg(reinterpret_cast<const uint4*>(from) + k);
-    std::memcpy(static_cast<void*>(&pack), raw, sizeof(pack));
-  }
-  return pack;
-}
-
-template <int V, class T>
-__device__ void store(T* __restrict__ to, const Pack<T, V>& pack) {
-  if constexpr (V == 1) {
-    *to = pack.value[0];
-  } else {
-    static_assert(sizeof(pack) == 16);
-    uint4 raw;
-    std::memcpy(&raw, &pack, sizeof(pack));
-    *reinterpret_cast<uint4*>(to) = raw;
-  }
-}
 
 // Where sub-pixel (i, j) of input pixel (h, w) samples group g: place (g * s + i) * s + j of the pixel.
 template <class F>
@@ -99,14 +64,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
         for (int k = threadIdx.x * V; k < width; k += blockDim.x * V) {
           const int64_t c = int64_t(g) * width + k;
           const auto corner = [&](int q) { return load<V>(image + at.corner[q] * n.C + c); };
-          const Pack<T, V> xa = corner(0), xb = corner(1), xc = corner(2), xd = corner(3);
-          Pack<T, V> value;
+          const Vec<T, V> xa = corner(0), xb = corner(1), xc = corner(2), xd = corner(3);
+          Vec<T, V> value;
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             value.value[v] = T(at.weight[0] * F(xa.value[v]) + at.weight[1] * F(xb.value[v]) +
                                at.weight[2] * F(xc.value[v]) + at.weight[3] * F(xd.value[v]));
           }
-          store<V>(pixel + c, value);
+          store(pixel + c, value);
         }
       }
     }
@@ -115,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 
 // to[v] += weight * up[v]
 template <int V, class T>
-__device__ void add(wide_t<T>* to, wide_t<T> weight, const Pack<T, V>& up) {
+__device__ void add(wide_t<T>* to, wide_t<T> weight, const Vec<T, V>& up) {
   using F = wide_t<T>;
 #if __CUDA_ARCH__ >= 900
   constexpr bool kQuads = V % 4 == 0;  // float sums, four at a time
@@ -162,9 +127,9 @@ __global__ void __launch_bounds__(kThreads)
           const int64_t c = int64_t(g) * width + k;
           const T* from = x + start + c;
           F* into = x_gradient + start + c;
-          const Pack<T, V> up = load<V>(pixel + c);
+          const Vec<T, V> up = load<V>(pixel + c);
           const auto corner = [&](int q) { return load<V>(from + at.corner[q] * n.C); };
-          const Pack<T, V> xa = corner(0), xb = corner(1), xc = corner(2), xd = corner(3);
+          const Vec<T, V> xa = corner(0), xb = corner(1), xc = corner(2), xd = corner(3);
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             const F u = F(up.value[v]);
@@ -194,11 +159,11 @@ __global__ void __launch_bounds__(kThreads)
     narrow_kernel(const float* __restrict__ sums, int64_t size, T* __restrict__ narrow) {
   const int64_t step = int64_t(gridDim.x) * kThreads * V;
   for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V; i < size; i += step) {
-    const Pack<float, V> sum = load<V>(sums + i);
-    Pack<T, V> value;
+    const Vec<float, V> sum = load<V>(sums + i);
+    Vec<T, V> value;
 #pragma unroll
     for (int v = 0; v < V; ++v) value.value[v] = T(sum.value[v]);
-    store<V>(narrow + i, value);
+    store(narrow + i, value);
   }
 }
 
@@ -219,10 +184,6 @@ Shape shape_of(const Tensor& x, const Tensor& offset, int64_t scale, int64_t gro
   return {int(B), int(H), int(W), int(scale), int(groups), int(P), C, circular};
 }
 
-Tensor nhwc(const Tensor& x) { return torch::stable::transpose(torch::stable::transpose(x, 1, 2), 2, 3); }
-
-bool starts_at_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 struct Blocks {
   dim3 grid, block;
 };
@@ -240,13 +201,6 @@ Blocks blocks_for(const Shape& n, int64_t vectors, bool power_of_two) {
   return {dim3(num_blocks(int64_t(n.s) * n.W, pixels), num_blocks(rows, 1, 65535)), dim3(lanes, groups, pixels)};
 }
 
-// body(std::integral_constant<int, V>): vectors of 16 bytes, or single values where the channels do not allow them.
-template <class T, class Body>
-void for_vectors(int64_t width, bool starts_whole, const Body& body) {
-  constexpr int V = 16 / int(sizeof(T));
-  starts_whole && width % V == 0 ? body(std::integral_constant<int, V>{}) : body(std::integral_constant<int, 1>{});
-}
-
 Tensor dysample(const Tensor& x_nchw, const Tensor& offset_nchw, int64_t scale, int64_t groups, bool circular) {
   const Tensor x = nhwc(x_nchw), offset = nhwc(offset_nchw);
   const Shape n = shape_of(x, offset, scale, groups, circular);
@@ -257,7 +211,7 @@ Tensor dysample(const Tensor& x_nchw, const Tensor& offset_nchw, int64_t scale, 
     using T = decltype(type);
     const T* image = data<T>(x);
     T* to = mutable_data<T>(out);
-    for_vectors<T>(n.C / n.G, starts_at_16(image) && starts_at_16(to), [&](auto constant) {
+    for_vector<T>(n.C / n.G, {image, to}, [&](auto constant) {
       constexpr int V = decltype(constant)::value;
       const Blocks blocks = blocks_for(n, n.C / n.G / V, false);
       dysample_kernel<T, V><<<blocks.grid, blocks.block, 0, device.stream()>>>(image, data<wide_t<T>>(offset), n, to);
@@ -286,7 +240,7 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
     using F = wide_t<T>;
     const T *image = data<T>(x), *upstream = data<T>(gradient);
     // 1) the gradient of the offsets, and of x in sums
-    for_vectors<T>(n.C / n.G, starts_at_16(image) && starts_at_16(upstream), [&](auto constant) {
+    for_vector<T>(n.C / n.G, {image, upstream, data<F>(sums)}, [&](auto constant) {
       constexpr int V = decltype(constant)::value;
       const Blocks blocks = blocks_for(n, n.C / n.G / V, true);
       dysample_backward_kernel<T, V><<<blocks.grid, blocks.block, 0, device.stream()>>>(
@@ -297,7 +251,7 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
     if constexpr (sizeof(T) != sizeof(F)) {
       const int64_t size = x.numel();
       if (size == 0) return;
-      for_vectors<T>(size, true, [&](auto constant) {
+      for_vector<T>(size, {data<float>(sums), data<T>(x_gradient)}, [&](auto constant) {
         constexpr int V = decltype(constant)::value;
         narrow_kernel<T, V><<<num_blocks(size, kThreads * V), kThreads, 0, device.stream()>>>(
             data<float>(sums), size, mutable_data<T>(x_gradient));

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                                : make_float4(xyzr[4 * i], xyzr[4 * i + 1], xyzr[4 * i + 2], xyzr[4 * i + 3]);
       // not fused, as in torch: the ring must not depend on it
       const float r = __fsqrt_rn(__fadd_rn(__fmul_rn(p.x, p.x), __fmul_rn(p.y, p.y)));
-      const float a = angle(p.y, p.x);
+      const float a = angle<double>(p.y, p.x);
       float dr, da, dz;
       const int ring = bin_of(r, grid.rho, dr), sector = bin_of(a, grid.phi, da), up = bin_of(p.z, grid.height, dz);
       const float row[kFeatures] = {dr, da, dz, r, a, p.z, p.x, p.y, p.w};

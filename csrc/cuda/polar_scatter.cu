@@ -5,10 +5,8 @@
 // bytes decide. A few cells near the sensor have hundreds of points, the most have two or three, so that a cell is the
 // work of one team of lanes, but a long one that of all teams of a block.
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 
-#include "launch.cuh"
+#include "vectors.cuh"
 
 namespace kdmos {
 namespace {
@@ -17,46 +15,6 @@ constexpr int kThreads = 256;  // eight warps: enough to share a long cell, smal
 constexpr int kBlocks = 3;     // of a multiprocessor, at least: 48 kB of rows under way there, no registers spilled
 constexpr int kBatch = 4;      // rows whose loads are under way at the same time
 constexpr int kLong = 32;      // points of a cell beyond which the teams of a block share it
-
-template <class T, int kSize>
-struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Vec {
-  T value[kSize];
-};
-
-template <class T, int kSize>
-__device__ Vec<T, kSize> load(const T* __restrict__ from) {
-  return *reinterpret_cast<const Vec<T, kSize>*>(from);
-}
-
-// By an intrinsic: the compiler stores elements that were put together one by one also one by one.
-template <class T, int kSize>
-__device__ void store(T* to, const Vec<T, kSize>& vec) {
-  if constexpr (sizeof(vec) % sizeof(uint4) == 0) {
-    uint4 part[sizeof(vec) / sizeof(uint4)];
-    memcpy(part, &vec, sizeof(vec));
-#pragma unroll
-    for (int i = 0; i < int(sizeof(vec) / sizeof(uint4)); ++i) __stwb(reinterpret_cast<uint4*>(to) + i, part[i]);
-  } else {
-    *reinterpret_cast<Vec<T, kSize>*>(to) = vec;
-  }
-}
-
-// body(the number of elements in 16 bytes), or body(1) where a row of C does not divide into 16 bytes.
-template <class T, class Body>
-void for_vector(int64_t C, std::initializer_list<const void*> addresses, const Body& body) {
-  constexpr int kVector = 16 / sizeof(T);
-  bool aligned = C % kVector == 0;
-  for (const void* address : addresses) aligned = aligned && reinterpret_cast<uintptr_t>(address) % 16 == 0;
-  if (aligned) return body(std::integral_constant<int, kVector>{});
-  return body(std::integral_constant<int, 1>{});
-}
-
-// Lanes of a team: a power of two, at most a warp, no more than a row has vectors.
-int team_width(int64_t vectors) {
-  int width = 1;
-  while (width < 32 && width < vectors) width *= 2;
-  return width;
-}
 
 // How a block of teams walks over cells and slices of channels; a slice is one vector a lane.
 struct Slices {
@@ -94,7 +52,7 @@ __device__ void cell_maximum(const T* __restrict__ features, int64_t C, const in
       row[b] = int32_t(order ? order[at] : at);
     }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) feature[b] = load<T, kVector>(features + int64_t(row[b]) * C);
+    for (int b = 0; b < kBatch; ++b) feature[b] = load<kVector>(features + int64_t(row[b]) * C);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
@@ -214,8 +172,8 @@ __device__ void cell_gradient(const T* __restrict__ gradient, const int64_t* __r
                               const int64_t* __restrict__ order, int64_t first, int64_t last, int64_t C,
                               T* __restrict__ points) {
   if (first >= last) return;
-  const Vec<T, kVector> g = load<T, kVector>(gradient);
-  const Vec<int64_t, kVector> arg = load<int64_t, kVector>(argmax);
+  const Vec<T, kVector> g = load<kVector>(gradient);
+  const Vec<int64_t, kVector> arg = load<kVector>(argmax);
   int32_t point[kVector];
 #pragma unroll
   for (int k = 0; k < kVector; ++k) point[k] = int32_t(arg.value[k]);
@@ -337,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int64_t to = cells[m];
     if (uint64_t(to) >= uint64_t(num_places)) continue;
     for (int64_t c = slices.lane * kVector; c < C; c += slices.tile) {
-      store(dense + to * C + c, load<T, kVector>(values + m * C + c));
+      store(dense + to * C + c, load<kVector>(values + m * C + c));
     }
   }
 }

@@ -4,10 +4,8 @@
 // the features written once and twice the multiply-adds. With D = 32 and C = 3 a voxel takes 192 operations for 20
 // bytes and its share of a cell's 128: bytes decide. The weights (12 kB there) stay in L1.
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 
-#include "launch.cuh"
+#include "vectors.cuh"
 
 namespace kdmos {
 namespace {
@@ -23,46 +21,6 @@ constexpr int64_t kParts = 1024;  // of the weights' gradient: fixed, so that th
 constexpr int64_t kPartVoxels = 64;         // voxels that make a part worth its memory
 constexpr int64_t kPartBytes = 64 << 20;    // of all parts
 constexpr int64_t kSharedBytes = 40 << 10;  // of one part, beside the tile in the 48 kB that every GPU has
-
-template <class T, int kSize>
-struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Vec {
-  T value[kSize];
-};
-
-template <class T, int kSize>
-__device__ Vec<T, kSize> load(const T* __restrict__ from) {
-  return *reinterpret_cast<const Vec<T, kSize>*>(from);
-}
-
-// By an intrinsic: the compiler stores elements that were put together one by one also one by one.
-template <class T, int kSize>
-__device__ void store(T* to, const Vec<T, kSize>& vec) {
-  if constexpr (sizeof(vec) % sizeof(uint4) == 0) {
-    uint4 part[sizeof(vec) / sizeof(uint4)];
-    memcpy(part, &vec, sizeof(vec));
-#pragma unroll
-    for (int i = 0; i < int(sizeof(vec) / sizeof(uint4)); ++i) __stwb(reinterpret_cast<uint4*>(to) + i, part[i]);
-  } else {
-    *reinterpret_cast<Vec<T, kSize>*>(to) = vec;
-  }
-}
-
-// body(the number of elements in 16 bytes), or body(1) where a row of D does not divide into 16 bytes.
-template <class T, class Body>
-void for_vector(int64_t D, std::initializer_list<const void*> addresses, const Body& body) {
-  constexpr int kVector = 16 / sizeof(T);
-  bool aligned = D % kVector == 0;
-  for (const void* address : addresses) aligned = aligned && reinterpret_cast<uintptr_t>(address) % 16 == 0;
-  if (aligned) return body(std::integral_constant<int, kVector>{});
-  return body(std::integral_constant<int, 1>{});
-}
-
-// Lanes of a team: a power of two, at most a warp, no more than a row has vectors.
-int team_width(int64_t vectors) {
-  int width = 1;
-  while (width < 32 && width < vectors) width *= 2;
-  return width;
-}
 
 struct Shape {
   int64_t places, D, Z, C, V;
@@ -81,9 +39,9 @@ Shape shape_of(const Tensor& features, const Tensor& voxels, const Tensor& weigh
 
 template <class T>
 const T* nhwc_data(const Tensor& features) {
-  const Tensor nhwc = torch::stable::transpose(torch::stable::transpose(features, 1, 2), 2, 3);
-  STD_TORCH_CHECK(nhwc.is_contiguous(), "voxel_head: features must be channels last");
-  return data<T>(nhwc);
+  const Tensor rows = nhwc(features);
+  STD_TORCH_CHECK(rows.is_contiguous(), "voxel_head: features must be channels last");
+  return data<T>(rows);
 }
 
 // A team a voxel: each lane sums its channels, then the lanes are summed as a tree.
@@ -102,11 +60,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int64_t c = 0; c < n.C; c += kClasses) {
       F sum[kClasses] = {};
       for (int64_t d = lane * kVector; d < n.D; d += width * kVector) {
-        const Vec<T, kVector> x = load<T, kVector>(row + d);
+        const Vec<T, kVector> x = load<kVector>(row + d);
 #pragma unroll
         for (int j = 0; j < kClasses; ++j) {
           if (c + j < n.C) {
-            const Vec<F, kVector> line = load<F, kVector>(w + (k + c + j) * n.D + d);
+            const Vec<F, kVector> line = load<kVector>(w + (k + c + j) * n.D + d);
 #pragma unroll
             for (int i = 0; i < kVector; ++i) sum[j] += F(x.value[i]) * line.value[i];
           }
@@ -164,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int64_t v = first; v < n.V && voxel[v] - floor < n.Z; ++v) {
         const int64_t k = (voxel[v] - floor) * n.C;
         for (int64_t c = 0; c < n.C; ++c) {
-          const Vec<F, kVector> line = load<F, kVector>(w + (k + c) * n.D + d);
+          const Vec<F, kVector> line = load<kVector>(w + (k + c) * n.D + d);
           const F g = up[v * n.C + c];
 #pragma unroll
           for (int i = 0; i < kVector; ++i) sum[i] += g * line.value[i];

@@ -3,11 +3,9 @@
 // Least work: forward the parts read once and the output written once; backward the reverse. An addition for each
 // value of a halo column, nothing else.
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
-#include "launch.cuh"
+#include "vectors.cuh"
 
 namespace kdmos {
 namespace {
@@ -44,24 +42,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// V values that are loaded and stored together: 16 bytes where V > 1.
-template <class T, int V>
-struct Pack {
-  T value[V];
-};
-
-template <class T, int V>
-using unit_t = std::conditional_t<V == 1, T, uint4>;
-
-template <class T, int V>
-__device__ Pack<T, V> load(const T* __restrict__ from) {
-  static_assert(sizeof(unit_t<T, V>) == sizeof(Pack<T, V>));
-  const unit_t<T, V> raw = *reinterpret_cast<const unit_t<T, V>*>(from);
-  Pack<T, V> pack;
-  std::memcpy(static_cast<void*>(&pack), &raw, sizeof(pack));
-  return pack;
-}
-
 // Each value of a part is summed by one thread: what its column holds, its copy on the left, its copy on the right,
 // rounded to T each time as the CPU does.
 template <class T, int V>
@@ -76,23 +56,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int a = blockIdx.x * blockDim.y + threadIdx.y; a < part.sectors; a += gridDim.x * blockDim.y) {
       const bool on_left = a >= n.A - n.halo, on_right = a < n.halo;
       for (int64_t c = threadIdx.x; c < part.size; c += blockDim.x) {
-        const auto at = [&](int column) { return load<T, V>(line + (column * n.C + c) * V); };
-        Pack<T, V> value = at(n.halo + a);
-        const auto add = [&](const Pack<T, V>& more) {
+        const auto at = [&](int column) { return load<V>(line + (column * n.C + c) * V); };
+        Vec<T, V> value = at(n.halo + a);
+        const auto add = [&](const Vec<T, V>& more) {
 #pragma unroll
           for (int v = 0; v < V; ++v) value.value[v] = T(F(value.value[v]) + F(more.value[v]));
         };
         if (on_left) add(at(a - (n.A - n.halo)));
         if (on_right) add(at(n.halo + n.A + a));
-        unit_t<T, V> raw;
-        std::memcpy(static_cast<void*>(&raw), &value, sizeof(raw));
-        reinterpret_cast<unit_t<T, V>*>(to)[(int64_t(row) * part.sectors + a) * part.size + c] = raw;
+        store(to + ((int64_t(row) * part.sectors + a) * part.size + c) * V, value);
       }
     }
   }
 }
-
-Tensor nhwc(const Tensor& image) { return torch::stable::transpose(torch::stable::transpose(image, 1, 2), 2, 3); }
 
 dim3 block_for(int64_t units) {
   const unsigned across = unsigned(std::clamp<int64_t>(units, 1, kThreads));

@@ -1,14 +1,46 @@
-"""Every op test runs on every backend that is here."""
+"""Every op test runs on every backend that is here, the CUDA kernels included: their inputs go there and back."""
+
+from contextlib import ExitStack
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from kdmos.ops import native
 
 
-@pytest.fixture(autouse=True, params=["native", "reference"])
+class OnDevice(TorchDispatchMode):
+    """Runs the native ops, forward and backward, on another device than that of their tensors."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.calls = device, 0
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        if op.namespace != "kdmos":
+            return op(*arguments, **(options or {}))
+        self.calls += 1
+        there = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), (arguments, options or {}))
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), op(*there[0], **there[1]))
+
+
+def backends():
+    return [*native.BACKENDS, *(["cuda"] if "cuda" in native.DEVICES and torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True, params=backends())
 def backend(request):
-    """The backend in use."""
-    if request.param == "native" and not native.BUILT:
+    """The backend in use: "native" (on the CPU), "reference", "cuda"."""
+    if request.param != "reference" and not native.BUILT:
         pytest.skip("the native ops are not built")
-    with native.backend(request.param):
+    with ExitStack() as stack:
+        stack.enter_context(native.backend("reference" if request.param == "reference" else "native"))
+        if request.param == "cuda":
+            stack.enter_context(OnDevice("cuda"))
         yield request.param
+
+
+@pytest.fixture
+def on_device():
+    return OnDevice

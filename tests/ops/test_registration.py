@@ -144,12 +144,29 @@ def test_threads_do_not_change_the_result(threads, backend):
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
+@needs_native
+def test_ops_run_elsewhere_forward_and_backward(on_device, backend):
+    """What the CUDA tests rely on, here with the CPU as the other device."""
+    if backend != "native":
+        pytest.skip("one backend will do")
+    arguments = inputs()
+    expected = pipeline(*arguments)
+    wanted = torch.autograd.grad(expected, arguments[2:])
+    with on_device("cpu") as elsewhere:
+        loss = pipeline(*arguments)
+        forward = elsewhere.calls
+        gradients = torch.autograd.grad(loss, arguments[2:])
+    assert (forward, elsewhere.calls) == (7, 11)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, wanted))
+
+
 def test_choosing_a_backend(backend):
     inside = []
     with native.backend("reference"):
         inside.append(native._chosen)
     assert inside == ["reference"]
-    assert native._chosen == backend
+    assert native._chosen == ("reference" if backend == "reference" else "native")
     with pytest.raises(ValueError, match=r"backend must be one of \('native', 'reference'\), got 'cuda'"):
         native.backend("cuda")
 

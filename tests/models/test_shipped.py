@@ -1,0 +1,67 @@
+"""The student that comes with the package."""
+
+import numpy as np
+import pytest
+import torch
+
+from kdmos import metrics, predict
+from kdmos.data.labels import CLASSES, to_classes
+from kdmos.data.semantic_kitti import find_sequences
+from kdmos.models import SHIPPED, load_student, save_student
+from kdmos.models.fast import FastStudent, usable_precision
+from kdmos.settings import PolarGrid
+
+
+def test_it_is_small_and_says_what_it_is():
+    assert SHIPPED["synthetic"].stat().st_size < 10e6
+    student = load_student("synthetic")
+    assert student.settings.grid == PolarGrid() and not student.training
+    assert student.header["training_data"] and {"seed", "commit", "metrics", "sensor"} <= set(student.header)
+    card = SHIPPED["synthetic"].with_suffix(".md").read_text()
+    assert f"look-ahead of {student.settings.motion.lookahead} scans" in card
+
+
+def test_half_of_the_bytes_are_nearly_all_of_the_student(tmp_path):
+    student = load_student("synthetic")
+    save_student(tmp_path / "half.safetensors", student, torch.float16)
+    again = load_student(tmp_path / "half.safetensors")
+    for (name, value), other in zip(student.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(value, other), name  # it was rounded once, and is stable from then on
+
+
+def test_predict_takes_it_without_being_asked_and_says_so(write_sequence, tmp_path, capsys):
+    folder = write_sequence(tmp_path / "07", frames=2)
+    try:
+        predict.main([str(folder), "--output", str(tmp_path / "out")])
+    except SystemExit as stopped:
+        assert stopped.code == 0
+    assert "trained on synthetic scans alone" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").rglob("*.label"))) == 2
+
+
+def test_it_beats_the_rule_on_a_real_drive(realdata):
+    """Zero-shot: it never saw a real scan. The rule has 0.39 there."""
+    (sequence,) = find_sequences(realdata("kitti-raw-0005-a"))
+    student, names = load_student("synthetic"), CLASSES[4]
+    tables = {"student": np.zeros((4, 4), int), "rule": np.zeros((4, 4), int)}
+    for method, model in (("student", student), ("rule", load_student("rule"))):
+        for frame, result in predict.predict_sequence(model, sequence):
+            raw = sequence.read_labels(frame, len(result.predicted))
+            truth = to_classes(raw, names, sequence.labels_path(frame))
+            tables[method] += metrics.confusion(truth, np.where(result.predicted == model.moving, 3, 1), 4)
+    score = {method: metrics.moving_iou(table, 3) for method, table in tables.items()}
+    assert score["student"] > score["rule"] + 0.1
+
+
+def test_bfloat16_sees_the_same_things_move(realdata):
+    """A faster precision counts only with its accuracy: the moving sets have an IoU of at least 0.98."""
+    if usable_precision("bfloat16", "cpu") != torch.bfloat16:
+        pytest.skip("this CPU does not compute in bfloat16")
+    (sequence,) = find_sequences(realdata("kitti-raw-0005-a"))
+    student, moving = load_student("synthetic"), []
+    skipped = frozenset(sequence.frames) - {7, 8}
+    for precision in ("float32", "bfloat16"):
+        fast = FastStudent(student, precision)
+        results = [r for _, r in predict.predict_sequence(fast, sequence, skip=skipped) if r is not None]
+        moving.append(np.concatenate([result.predicted == student.moving for result in results]))
+    assert (moving[0] & moving[1]).sum() >= 0.98 * (moving[0] | moving[1]).sum()
