@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -36,6 +37,21 @@ struct Wide<double> {
 };
 template <class T>
 using wide_t = typename Wide<T>::type;
+
+// Round a sum to T: to nearest, ties to even. Of bfloat16 without branches, so that compilers vectorise it.
+template <class T>
+KDMOS_BOTH T narrow(wide_t<T> value) {
+  return T(value);
+}
+#ifndef __CUDACC__
+template <>
+inline BFloat16 narrow<BFloat16>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return BFloat16(uint16_t(value == value ? rounded : 0x7fc0u), BFloat16::from_bits());
+}
+#endif
 
 // body(T{}) with the C++ type of a floating dtype.
 template <class Body>

@@ -110,8 +110,8 @@ Tensor dysample(const Tensor& x_nchw, const Tensor& offset_nchw, int64_t scale, 
                   const int64_t size = constant() ? constant() : width;
 #pragma omp simd
                   for (int64_t c = 0; c < size; ++c) {
-                    value[c] = T(corner.weight[0] * F(a[c]) + corner.weight[1] * F(b_[c]) +
-                                 corner.weight[2] * F(c_[c]) + corner.weight[3] * F(d[c]));
+                    value[c] = narrow<T>(corner.weight[0] * F(a[c]) + corner.weight[1] * F(b_[c]) +
+                                         corner.weight[2] * F(c_[c]) + corner.weight[3] * F(d[c]));
                   }
                 }
               }
@@ -233,9 +233,9 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
       });
     });
     if (sizeof(T) != sizeof(F)) {
-      T* narrow = mutable_data<T>(x_gradient);
+      T* halves = mutable_data<T>(x_gradient);
       torch::stable::parallel_for(0, n.B * n.H * n.W * n.C, 1 << 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) narrow[i] = T(to_image[i]);
+        for (int64_t i = begin; i < end; ++i) halves[i] = narrow<T>(to_image[i]);
       });
     }
   });

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> polar_scatter(const Tensor& features, const std::opti
             continue;
           }
           cell_maximum<T, true>(feature + c, C, width, rows, first[m], first[m + 1], largest, point);
-          for (int64_t k = 0; k < width; ++k) to[k] = T(largest[k]);
+          for (int64_t k = 0; k < width; ++k) to[k] = narrow<T>(largest[k]);
           for (int64_t k = 0; k < width; ++k) to_arg[k] = point[k];
         }
       }
@@ -83,13 +83,19 @@ std::tuple<Tensor, Tensor> polar_scatter(const Tensor& features, const std::opti
   return {maximum, argmax};
 }
 
+// body(an unsigned integer as wide as a floating dtype): what is only moved and chosen needs no arithmetic of its own.
+template <class Body>
+void for_bits(size_t bytes, const Body& body) {
+  return bytes == 2 ? body(uint16_t{}) : bytes == 4 ? body(uint32_t{}) : body(uint64_t{});
+}
+
 Tensor polar_scatter_backward(const Tensor& gradient, const Tensor& argmax, const std::optional<Tensor>& order,
                               const Tensor& start, int64_t num_points) {
   const int64_t M = gradient.size(0), C = gradient.size(1), N = num_points;
   Tensor points = empty_as(gradient, {N, C}, gradient.scalar_type());
   const Rows rows{order ? data<int64_t>(*order) : nullptr};
   const int64_t *first = data<int64_t>(start), *arg = data<int64_t>(argmax);
-  for_floating("polar_scatter_backward", gradient.scalar_type(), [&](auto type) {
+  for_bits(gradient.element_size(), [&](auto type) {
     using T = decltype(type);
     const T* from = data<T>(gradient);
     T* to = mutable_data<T>(points);
@@ -98,18 +104,18 @@ Tensor polar_scatter_backward(const Tensor& gradient, const Tensor& argmax, cons
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t c = 0; c < C; c += kTile) {
           const int64_t width = std::min(kTile, C - c);
-          const T* g = from + m * C + c;
+          const T* __restrict__ g = from + m * C + c;
           for (int64_t k = 0; k < width; ++k) point[k] = int32_t(arg[m * C + c + k]);
           for (int64_t i = first[m]; i < first[m + 1]; ++i) {
             const int32_t row = int32_t(rows[i]);
             T* __restrict__ out = to + int64_t(row) * C + c;
-            for (int64_t k = 0; k < width; ++k) out[k] = point[k] == row ? g[k] : T(0.0f);
+            for (int64_t k = 0; k < width; ++k) out[k] = point[k] == row ? g[k] : T(0);
           }
         }
       }
     });
     // points outside all cells: the rest of the order
-    for (int64_t i = first[M]; i < N; ++i) std::fill(to + rows[i] * C, to + (rows[i] + 1) * C, T(0.0f));
+    for (int64_t i = first[M]; i < N; ++i) std::fill(to + rows[i] * C, to + (rows[i] + 1) * C, T(0));
   });
   return points;
 }
@@ -147,7 +153,7 @@ Tensor polar_scatter_bev(const Tensor& features, const std::optional<Tensor>& or
           continue;
         }
         cell_maximum<T, false>(feature + c, C, width, rows, first[m], first[m + 1], largest, nullptr);
-        for (int64_t k = 0; k < width; ++k) to[c + k] = T(largest[k]);
+        for (int64_t k = 0; k < width; ++k) to[c + k] = narrow<T>(largest[k]);
       }
     });
   });
