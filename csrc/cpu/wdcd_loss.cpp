@@ -126,7 +126,8 @@ struct Block {
     for (int c = 0; c < C; ++c) {
       for (int i = 0; i < size; ++i) difference[i] += teacher[c][i] * others[c][i];
     }
-    bool any = false;
+    int32_t any = 0;
+#pragma omp simd reduction(| : any)
     for (int i = 0; i < size; ++i) {
       const F nckd = difference[i] / sum_t[i] - (max_t[i] - max_s[i]) - logarithm(sum_t[i] / sum_s[i]);
       loss[i] = share_n[i] != 0 ? share_n[i] * nckd : F(0);
@@ -192,13 +193,23 @@ double run_blocks(const F* student, const F* teacher, const L* labels, const int
           block->teacher[c][i] = teacher[(first + i) * C + c] * scale;
         }
       }
-      for (int i = 0; i < size; ++i) {
-        while (first + i >= offsets[b + 1]) ++b;
+      while (first >= offsets[b + 1]) ++b;
+      const auto take = [&](int i, const F* tckd, const F* nckd) {
         const L label = labels[first + i];
-        const bool labelled = label >= 0 && label < L(C);
-        block->target[i] = labelled ? int32_t(label) : 0;
-        block->share_t[i] = labelled ? shares.tckd[b * C + label] : F(0);
-        block->share_n[i] = labelled ? shares.nckd[b * C + label] : F(0);
+        const bool labelled = (label >= 0) & (label < L(C));
+        const int32_t target = labelled ? int32_t(label) : 0;
+        block->target[i] = target;
+        block->share_t[i] = labelled ? tckd[target] : F(0);
+        block->share_n[i] = labelled ? nckd[target] : F(0);
+      };
+      if (first + size <= offsets[b + 1]) {  // all of one scan: no branches
+        const F *tckd = shares.tckd.data() + b * C, *nckd = shares.nckd.data() + b * C;
+        for (int i = 0; i < size; ++i) take(i, tckd, nckd);
+      } else {
+        for (int i = 0, of = int(b); i < size; ++i) {
+          while (first + i >= offsets[of + 1]) ++of;
+          take(i, shares.tckd.data() + of * C, shares.nckd.data() + of * C);
+        }
       }
       loss[number] = block->run(C, size, temperature, floor, gradient != nullptr);
       if (gradient) {
