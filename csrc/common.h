@@ -38,6 +38,27 @@ struct Wide<double> {
 template <class T>
 using wide_t = typename Wide<T>::type;
 
+// a * b + c, fused where the processor can.
+KDMOS_BOTH double multiply_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+KDMOS_BOTH float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return fmaf(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Round a sum to T: to nearest, ties to even. Of bfloat16 without branches, so that compilers vectorise it.
 template <class T>
 KDMOS_BOTH T narrow(wide_t<T> value) {

@@ -110,8 +110,9 @@ Tensor dysample(const Tensor& x_nchw, const Tensor& offset_nchw, int64_t scale, 
                   const int64_t size = constant() ? constant() : width;
 #pragma omp simd
                   for (int64_t c = 0; c < size; ++c) {
-                    value[c] = narrow<T>(corner.weight[0] * F(a[c]) + corner.weight[1] * F(b_[c]) +
-                                         corner.weight[2] * F(c_[c]) + corner.weight[3] * F(d[c]));
+                    const F above = multiply_add(corner.weight[1], F(b_[c]), corner.weight[0] * F(a[c]));
+                    const F most = multiply_add(corner.weight[2], F(c_[c]), above);
+                    value[c] = narrow<T>(multiply_add(corner.weight[3], F(d[c]), most));
                   }
                 }
               }
@@ -180,8 +181,8 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
 #pragma omp simd reduction(+ : gx, gy)
                 for (int64_t k = 0; k < size; ++k) {
                   const F g = F(up[k]), a = F(xa[k]), b_ = F(xb[k]), c = F(xc[k]), d = F(xd[k]);
-                  gx += g * ((1 - down) * (b_ - a) + down * (d - c));
-                  gy += g * ((1 - along) * (c - a) + along * (d - b_));
+                  gx = multiply_add(g, multiply_add(down, (d - c) - (b_ - a), b_ - a), gx);
+                  gy = multiply_add(g, multiply_add(along, (d - b_) - (c - a), c - a), gy);
                 }
                 to_shift[pixel * 2 * n.P + p] = at.free_along[p] ? gx : F(0);
                 to_shift[pixel * 2 * n.P + n.P + p] = at.free_down[p] ? gy : F(0);
@@ -196,9 +197,9 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
                   F* __restrict__ second = into + corner.pixel[q + 1] * n.C + channel;
                   const F wa = corner.weight[q], wb = corner.weight[q + 1];
 #pragma omp simd
-                  for (int64_t k = 0; k < size; ++k) first[k] += wa * F(up[k]);
+                  for (int64_t k = 0; k < size; ++k) first[k] = multiply_add(wa, F(up[k]), first[k]);
 #pragma omp simd
-                  for (int64_t k = 0; k < size; ++k) second[k] += wb * F(up[k]);
+                  for (int64_t k = 0; k < size; ++k) second[k] = multiply_add(wb, F(up[k]), second[k]);
                 }
                 if (crosses) crossings[task].push_back({int32_t(h), int32_t(w), int32_t(p)});
               }
@@ -225,7 +226,7 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
                 const int64_t y = q < 2 ? at.top[p] : at.bottom[p];
                 if (y >= low && y < high) continue;
                 F* __restrict__ sum = into + corner.pixel[q] * n.C + p / (n.s * n.s) * width;
-                for (int64_t k = 0; k < width; ++k) sum[k] += corner.weight[q] * F(up[k]);
+                for (int64_t k = 0; k < width; ++k) sum[k] = multiply_add(corner.weight[q], F(up[k]), sum[k]);
               }
             }
           }

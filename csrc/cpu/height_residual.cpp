@@ -57,12 +57,10 @@ void project(const Step& step, const Part& part, const ResidualGrid grid, Bounds
     for (int i = 0; i < size; ++i) x[i] = p[i * stride], y[i] = p[i * stride + 1], z[i] = p[i * stride + 2];
     for (int i = 0; i < size; ++i) {
       const double px = x[i], py = y[i], pz = z[i];
-      const float qx = float(m[0] * px + m[1] * py + m[2] * pz + m[3]);
-      const float qy = float(m[4] * px + m[5] * py + m[6] * pz + m[7]);
-      const float qz = float(m[8] * px + m[9] * py + m[10] * pz + m[11]);
-      const int32_t at = residual_cell(qx, qy, qz, grid);
+      const float height = transformed(m + 8, px, py, pz);
+      const int32_t at = residual_cell(transformed(m, px, py, pz), transformed(m + 4, px, py, pz), height, grid);
       cell[i] = at < 0 ? outside : at;
-      z[i] = qz;
+      z[i] = height;
     }
     for (int i = 0; i < size; ++i) {
       const Bounds here{-z[i], z[i]}, before = bounds[cell[i]];

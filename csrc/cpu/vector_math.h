@@ -14,15 +14,15 @@ inline float exponential(float x) {
   constexpr float kLog2e = 1.44269504088896341f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // ln 2 in two parts
   const float clipped = x < -87.0f ? -87.0f : x;
   const float n = std::nearbyint(clipped * kLog2e);
-  const float r = (clipped - n * kHigh) - n * kLow;  // [-ln 2 / 2, ln 2 / 2]
+  const float r = multiply_add(n, -kLow, multiply_add(n, -kHigh, clipped));  // [-ln 2 / 2, ln 2 / 2]
   float p = 1.0f / 5040.0f;  // Taylor: the next term is 5e-9
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = multiply_add(p, r, 1.0f / 720.0f);
+  p = multiply_add(p, r, 1.0f / 120.0f);
+  p = multiply_add(p, r, 1.0f / 24.0f);
+  p = multiply_add(p, r, 1.0f / 6.0f);
+  p = multiply_add(p, r, 0.5f);
+  p = multiply_add(p, r, 1.0f);
+  p = multiply_add(p, r, 1.0f);
   const int32_t bits = (int32_t(n) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof(power));
@@ -40,8 +40,10 @@ inline float logarithm(float x) {
   std::memcpy(&m, &mantissa, sizeof(m));
   // ln m = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.172
   const float s = (m - 1.0f) / (m + 1.0f), q = s * s;
-  const float series = 2.0f * s + s * q * (2.0f / 3.0f + q * (2.0f / 5.0f + q * (2.0f / 7.0f + q * (2.0f / 9.0f))));
-  return float(exponent) * 0.693147180559945f + series;
+  float series = multiply_add(q, 2.0f / 9.0f, 2.0f / 7.0f);
+  series = multiply_add(series, q, 2.0f / 5.0f);
+  series = multiply_add(series, q, 2.0f / 3.0f);
+  return multiply_add(float(exponent), 0.693147180559945f, multiply_add(s * q, series, 2.0f * s));
 }
 
 inline double exponential(double x) { return std::exp(x); }

@@ -56,7 +56,7 @@ Tensor voxel_head(const Tensor& features, const Tensor& voxels, const Tensor& we
           const F* __restrict__ line = w + (k + c) * n.D;
           F sum = 0;
 #pragma omp simd reduction(+ : sum)
-          for (int64_t d = 0; d < n.D; ++d) sum += row[d] * line[d];
+          for (int64_t d = 0; d < n.D; ++d) sum = multiply_add(row[d], line[d], sum);
           out[v * n.C + c] = sum + shift[k + c];
         }
       }
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> voxel_head_backward(const Tensor& gradient, c
           for (int64_t c = 0; c < n.C; ++c) {
             const F* __restrict__ line = w + (k + c) * n.D;
             const F g = up[v * n.C + c];
-            for (int64_t d = 0; d < n.D; ++d) sum[d] += g * line[d];
+            for (int64_t d = 0; d < n.D; ++d) sum[d] = multiply_add(g, line[d], sum[d]);
           }
         }
         for (int64_t d = 0; d < n.D; ++d) out[place * n.D + d] = T(sum[d]);
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> voxel_head_backward(const Tensor& gradient, c
           for (int64_t c = 0; c < n.C; ++c) {
             const F g = up[v * n.C + c];
             F* __restrict__ line = sum + (k + c) * n.D;
-            for (int64_t d = 0; d < n.D; ++d) line[d] += g * F(row[d]);
+            for (int64_t d = 0; d < n.D; ++d) line[d] = multiply_add(g, F(row[d]), line[d]);
             sum_bias[k + c] += g;
           }
         }

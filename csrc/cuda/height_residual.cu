@@ -53,12 +53,6 @@ __device__ uint32_t ordered(float value) {
 
 __device__ float value_of(uint32_t code) { return __uint_as_float(code & 0x80000000u ? code & 0x7fffffffu : ~code); }
 
-// One row of a transform, rounded as on the CPU: no product is fused with its sum.
-__device__ float transformed(const double* __restrict__ m, double x, double y, double z) {
-  const double xy = __dadd_rn(__dmul_rn(m[0], x), __dmul_rn(m[1], y));
-  return float(__dadd_rn(__dadd_rn(xy, __dmul_rn(m[2], z)), m[3]));
-}
-
 // 1) heights per cell: bounds [group, cell, (largest -z, largest z)], zeros before; blockIdx.y is the scan.
 __global__ void __launch_bounds__(kThreads)
     project_kernel(const __grid_constant__ Parts parts, const double* __restrict__ transforms, const ResidualGrid grid,
