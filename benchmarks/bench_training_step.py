@@ -108,7 +108,7 @@ def serve(side: str, folder: str | None, device: str, pipe) -> None:
 
 def measure(folder: str | None, device: str, rounds: int) -> list[dict]:
     """Rows: one for each precision of ours, against the same steps of the baseline."""
-    from .timing import real_scans
+    from .timing import REST, real_scans
 
     context, pipes, times = multiprocessing.get_context("spawn"), {}, {side: [] for side in SIDES}
     for side in SIDES:
@@ -119,7 +119,7 @@ def measure(folder: str | None, device: str, rounds: int) -> list[dict]:
             pipe.send(True)
             seconds = pipe.recv()
             times[side] += [1e3 * seconds] if number >= WARM_UP else []
-            time.sleep(0.05)  # let the other processes' threads come to rest
+            time.sleep(REST)
     memory = {}
     for side, pipe in pipes.items():
         pipe.send(False)

@@ -16,6 +16,7 @@ import torch
 from . import rows
 
 WARM_UP = 3
+REST = 0.05  # seconds until the threads of the other side, which wait for more work by spinning, leave their cores
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def compare(case: Case, device: str, rounds: int) -> dict:
     times = {"baseline": [], "kdmos": []}
     for number in range(WARM_UP + rounds):
         for side, work in (("baseline", case.baseline), ("kdmos", case.ours)):  # in turns: a busy machine slows both
+            time.sleep(REST)
             seconds = clock(work, device)
             times[side] += [1e3 * seconds] if number >= WARM_UP else []
     row = {"case": case.name, "scans": case.scans, "rounds": rounds}
