@@ -44,7 +44,7 @@ def run(command: Callable, name: str, argv: list[str] | None = None) -> None:
 def keep_memory() -> None:
     """Have the C library keep freed memory for the next scan or step.
 
-    Giving it back means fetching it again page by page: a third of the time of what moves much memory on a CPU.
+    Giving it back means fetching it again page by page, which takes longer than many an op that fills it.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         library = ctypes.CDLL(None)
