@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,7 +134,3 @@ def main(op: str, cases: Callable[[argparse.Namespace], list[Case]], description
             rows.append(op, row, arguments.device)
         found.append(row)
     return found
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

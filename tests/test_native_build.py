@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kdmos.ops import native
+
 ROOT = Path(__file__).parent.parent
 MOST_REGISTERS = 128  # two blocks of 256 threads a multiprocessor at least
 
@@ -27,6 +29,13 @@ def built(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+def test_the_native_ops_are_built_where_there_is_a_compiler():
+    """Else every test of theirs would be skipped, and nobody would see it."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler here")
+    assert "cpu" in native.DEVICES, native.WHY_NOT
 
 
 def test_everything_compiles_and_links(built):

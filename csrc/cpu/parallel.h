@@ -1,6 +1,6 @@
 #pragma once
 
-#include <vector>
+#include <memory>
 
 #include "../common.h"
 
@@ -8,6 +8,13 @@ namespace kdmos {
 
 // Offsets of equal shares of [0, size) for `parts` workers.
 inline int64_t share(int64_t size, int64_t parts, int64_t part) { return size * part / parts; }
+
+// Throws unless 0 <= index[0] <= index[1] <= ... < size: what follows would read elsewhere, or lose rows.
+inline void check_ascending(const char* what, const int64_t* index, int64_t count, int64_t size) {
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) good &= (index[i] >= (i ? index[i - 1] : 0)) & (index[i] < size);
+  STD_TORCH_CHECK(good, what, " must ascend within 0 and ", size);
+}
 
 inline int64_t num_threads() { return int64_t(torch::stable::get_num_threads()); }
 

@@ -37,6 +37,7 @@ Tensor voxel_head(const Tensor& features, const Tensor& voxels, const Tensor& we
   const Shape n = shape_of(features, voxels, weight, heights);
   Tensor logits = empty_as(features, {n.V, n.C}, weight.scalar_type());
   const int64_t* voxel = data<int64_t>(voxels);
+  check_ascending("voxel_head: voxels", voxel, n.V, n.places * n.Z);
   for_floating("voxel_head", features.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using F = wide_t<T>;
@@ -73,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> voxel_head_backward(const Tensor& gradient, c
   Tensor to_weight = zeros_as(weight, {n.Z * n.C, n.D}, weight.scalar_type());
   Tensor to_bias = zeros_as(weight, {n.Z * n.C}, weight.scalar_type());
   const int64_t* voxel = data<int64_t>(voxels);
+  check_ascending("voxel_head: voxels", voxel, n.V, n.places * n.Z);
   for_floating("voxel_head_backward", features.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using F = wide_t<T>;

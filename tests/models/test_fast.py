@@ -46,9 +46,7 @@ def test_float32_is_the_student(name, bins, backend):
         out = fast(*batch)
     assert out.point_logits.dtype == torch.float32
     assert_close(out.point_logits, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(out.point_logits.argmax(1), expected.argmax(1)) or bool(
-        (out.point_logits.argmax(1) == expected.argmax(1)).float().mean() > 0.999
-    )
+    assert (out.point_logits.argmax(1) == expected.argmax(1)).float().mean() > 0.999
     assert (fast.classes, fast.moving, fast.settings) == (student.classes, student.moving, student.settings)
 
 

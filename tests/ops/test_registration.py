@@ -161,6 +161,19 @@ def test_ops_run_elsewhere_forward_and_backward(on_device, backend):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, wanted))
 
 
+@needs_native
+def test_indices_that_would_read_elsewhere_are_refused(backend):
+    if backend != "native":
+        pytest.skip("torch checks its own")
+    features, weight = torch.zeros(1, 6, 16, 20), torch.zeros(24, 6, 1, 1)
+    for voxels in ([3, 2560], [-1, 3], [4, 3]):
+        with pytest.raises(RuntimeError, match="voxel_head: voxels must ascend within 0 and 2560"):
+            ops.voxel_head(features, torch.tensor(voxels), weight, torch.zeros(24), GRID)
+    for cells in ([3, 320], [4, 3]):
+        with pytest.raises(RuntimeError, match="cells must ascend within 0 and 320"):
+            ops.cells_to_bev(torch.zeros(2, 1), torch.tensor(cells), 1, GRID)
+
+
 def test_choosing_a_backend(backend):
     inside = []
     with native.backend("reference"):
