@@ -10,18 +10,22 @@
 // Least work: two rows of C logits and a label read, a gradient row written: 13 C bytes a point in float32. Above
 // that limit stand 2 (C - 1) exps and a log a point, four more where TCKD counts (moving points: few blocks).
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "parallel.h"
 #include "vector_math.h"
 
+// Constant trips over one vector or two: what such loops hand to each other stays in registers.
+#define KDMOS_LANES _Pragma("omp simd simdlen(16)") for (int i = 0; i < kLanes; ++i)
+
 namespace kdmos {
 namespace {
 
-constexpr int kBlock = 256;        // points in vectors at once: all arrays of a block stay in L1 for few classes
+constexpr int kLanes = 16;          // points in vectors at once
+constexpr int kBlock = 256;         // points summed together
+constexpr int64_t kCounted = 2048;  // labels counted at once, from L1
 constexpr int kMostClasses = 32;
-constexpr int64_t kGrain = 32;     // blocks
+constexpr int64_t kGrain = 32;      // blocks
 
 enum Normaliser { kPoint = 0, kWeight = 1, kClass = 2 };
 
@@ -36,20 +40,20 @@ Shares<F> count_shares(const L* labels, const int64_t* offsets, int64_t B, int64
   const F *tckd = tables, *nckd = tables + C, *weight = tables + 2 * C;
   // 1) labels of each class and scan; counters of their own for every worker
   const int64_t N = offsets[B], parts = std::max<int64_t>(1, std::min(num_threads(), N / (kBlock * kGrain)));
-  std::vector<int64_t> part_count(parts * B * (C + 1), 0);
+  std::vector<int64_t> part_count(parts * B * C, 0);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t low = share(N, parts, part), high = share(N, parts, part + 1);
       for (int64_t b = 0; b < B; ++b) {
-        // four tables in turn, so that equal neighbours do not wait for each other
-        int64_t count[4][kMostClasses + 1] = {};
-        const int64_t first = std::max(low, offsets[b]), last = std::min(high, offsets[b + 1]);
-        for (int64_t i = first; i < last; ++i) {
-          const bool labelled = labels[i] >= 0 && labels[i] < L(C);
-          ++count[i & 3][labelled ? int64_t(labels[i]) : C];
-        }
-        for (int64_t c = 0; c <= C; ++c) {
-          part_count[(part * B + b) * (C + 1) + c] = count[0][c] + count[1][c] + count[2][c] + count[3][c];
+        int64_t* count = &part_count[(part * B + b) * C];
+        const int64_t end_of_scan = std::min(high, offsets[b + 1]);
+        for (int64_t first = std::max(low, offsets[b]); first < end_of_scan; first += kCounted) {
+          const int64_t last = std::min(first + kCounted, end_of_scan);
+          for (int64_t c = 0; c < C; ++c) {  // compared in vectors, class after class
+            int32_t found = 0;
+            for (int64_t i = first; i < last; ++i) found += labels[i] == L(c);
+            count[c] += found;
+          }
         }
       }
     }
@@ -57,7 +61,7 @@ Shares<F> count_shares(const L* labels, const int64_t* offsets, int64_t B, int64
   std::vector<F> count(B * C, F(0));
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t b = 0; b < B; ++b) {
-      for (int64_t c = 0; c < C; ++c) count[b * C + c] += F(part_count[(part * B + b) * (C + 1) + c]);
+      for (int64_t c = 0; c < C; ++c) count[b * C + c] += F(part_count[(part * B + b) * C + c]);
     }
   }
   // 2) what divides them
@@ -82,66 +86,74 @@ Shares<F> count_shares(const L* labels, const int64_t* offsets, int64_t B, int64
   return shares;
 }
 
-// A block of points, class by class. kC classes, or n where kC is 0.
-template <class F, int kC>
-struct Block {
-  static constexpr int kRows = kC ? kC : kMostClasses;
-  F student[kRows][kBlock], teacher[kRows][kBlock];  // z; then exp(z - the largest of the others), 0 for the target
-  F share_t[kBlock], share_n[kBlock];
-  int32_t target[kBlock];
+// A label as 32 bits, -1 if it has more.
+template <class L>
+int32_t narrow_label(L label) {
+  return L(int32_t(label)) == label ? int32_t(label) : -1;
+}
 
-  // exps of the others in place; their largest logit, the sum of the exps, and the target's logit.
-  static void soften(F (&z)[kRows][kBlock], const int32_t* target, int C, int size, F* largest, F* sum, F* own) {
-    for (int i = 0; i < size; ++i) largest[i] = -std::numeric_limits<F>::infinity(), sum[i] = 0, own[i] = 0;
-    for (int c = 0; c < C; ++c) {
-      for (int i = 0; i < size; ++i) {
+// kLanes points in vectors, class by class. kC classes, or n where kC is 0. Each point has an order of its own: class 0
+// is among the others in the place of the target, so that the others are always 1 to C - 1.
+template <class F, int kC>
+struct Lanes {
+  static constexpr int kRows = kC ? kC : kMostClasses;
+  using Row = F[kLanes];
+  alignas(64) Row share_t, share_n;
+
+  // Logits z, and of the others the largest, e = exp(z - largest) and its sum.
+  static void soften(const F* rows, const int32_t* target, int C, F scale, Row* z, Row* e, F* largest, F* sum) {
+#pragma omp simd simdlen(kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      for (int c = 0; c < C; ++c) z[c][i] = rows[i * C + c] * scale;
+    }
+    Row own;
+    KDMOS_LANES own[i] = z[0][i];
+    for (int c = 1; c < C; ++c) {
+      KDMOS_LANES {
         const bool is_target = target[i] == c;
-        const F other = is_target ? largest[i] : z[c][i];
-        largest[i] = other > largest[i] ? other : largest[i];
-        own[i] = is_target ? z[c][i] : own[i];
+        const F here = z[c][i];
+        own[i] = is_target ? here : own[i];
+        z[c][i] = is_target ? z[0][i] : here;
       }
     }
-    for (int c = 0; c < C; ++c) {
-      for (int i = 0; i < size; ++i) {
-        const F e = target[i] == c ? F(0) : exponential(z[c][i] - largest[i]);
-        z[c][i] = e;
-        sum[i] += e;
+    KDMOS_LANES z[0][i] = own[i], largest[i] = z[1][i], sum[i] = 0;
+    for (int c = 2; c < C; ++c) KDMOS_LANES largest[i] = z[c][i] > largest[i] ? z[c][i] : largest[i];
+    for (int c = 1; c < C; ++c) {
+      KDMOS_LANES {
+        e[c][i] = exponential(z[c][i] - largest[i]);
+        sum[i] += e[c][i];
       }
     }
   }
 
-  // Loss of the block; the gradient takes the student's place.
-  double run(int n, int size, F temperature, F floor, bool with_gradient) {
+  // Adds the loss of each point to `total` and writes the rows of the gradient, if any.
+  void run(const F* student, const F* teacher, const int32_t* target, int n, F temperature, F floor, double* total,
+           F* gradient) const {
     const int C = kC ? kC : n;
-    F difference[kBlock], max_s[kBlock], max_t[kBlock], sum_s[kBlock], sum_t[kBlock], own_s[kBlock], own_t[kBlock];
-    F gain[kBlock], loss[kBlock];
-    // 1) the others: NCKD needs sum_k eT_k (zT_k - zS_k), taken before z is lost
-    F others[kRows][kBlock];
-    for (int c = 0; c < C; ++c) {
-      for (int i = 0; i < size; ++i) others[c][i] = target[i] == c ? F(0) : teacher[c][i] - student[c][i];
-    }
-    soften(student, target, C, size, max_s, sum_s, own_s);
-    soften(teacher, target, C, size, max_t, sum_t, own_t);
-    for (int i = 0; i < size; ++i) difference[i] = 0;
-    for (int c = 0; c < C; ++c) {
-      for (int i = 0; i < size; ++i) difference[i] += teacher[c][i] * others[c][i];
-    }
+    const F scale = 1 / temperature;
+    Row s[kRows], t[kRows], e_s[kRows], e_t[kRows], max_s, max_t, sum_s, sum_t, loss, gain;
+    soften(student, target, C, scale, s, e_s, max_s, sum_s);
+    soften(teacher, target, C, scale, t, e_t, max_t, sum_t);
+    // 1) among the others
+    Row difference;
+    KDMOS_LANES difference[i] = 0;
+    for (int c = 1; c < C; ++c) KDMOS_LANES difference[i] += e_t[c][i] * (t[c][i] - s[c][i]);
     int32_t any = 0;
-#pragma omp simd reduction(| : any)
-    for (int i = 0; i < size; ++i) {
+#pragma omp simd simdlen(kLanes) reduction(| : any)
+    for (int i = 0; i < kLanes; ++i) {
       const F nckd = difference[i] / sum_t[i] - (max_t[i] - max_s[i]) - logarithm(sum_t[i] / sum_s[i]);
       loss[i] = share_n[i] != 0 ? share_n[i] * nckd : F(0);
       gain[i] = 0;
       any |= share_t[i] != 0;
     }
-    // 2) target against the others, where any point of the block has that part
+    // 2) target against the others, where any of the points has that part
     if (any) {
-      for (int i = 0; i < size; ++i) {
-        const F d_s = own_s[i] - max_s[i] - logarithm(sum_s[i]), d_t = own_t[i] - max_t[i] - logarithm(sum_t[i]);
-        const F e_s = exponential(-std::fabs(d_s)), e_t = exponential(-std::fabs(d_t));
-        const F log_s = logarithm(1 + e_s), log_t = logarithm(1 + e_t);
-        const F p_s = (d_s > 0 ? F(1) : e_s) / (1 + e_s), r_s = (d_s > 0 ? e_s : F(1)) / (1 + e_s);
-        const F p_t = (d_t > 0 ? F(1) : e_t) / (1 + e_t), r_t = (d_t > 0 ? e_t : F(1)) / (1 + e_t);
+      KDMOS_LANES {
+        const F d_s = s[0][i] - max_s[i] - logarithm(sum_s[i]), d_t = t[0][i] - max_t[i] - logarithm(sum_t[i]);
+        const F x_s = exponential(-std::fabs(d_s)), x_t = exponential(-std::fabs(d_t));
+        const F log_s = logarithm(1 + x_s), log_t = logarithm(1 + x_t);
+        const F p_s = (d_s > 0 ? F(1) : x_s) / (1 + x_s), r_s = (d_s > 0 ? x_s : F(1)) / (1 + x_s);
+        const F p_t = (d_t > 0 ? F(1) : x_t) / (1 + x_t), r_t = (d_t > 0 ? x_t : F(1)) / (1 + x_t);
         F log_b = (d_s > 0 ? F(0) : d_s) - log_s, log_r = (d_s > 0 ? -d_s : F(0)) - log_s, u = 1, v = 1;
         if (floor > 0) {
           const F b = p_s + floor, r = r_s + F(C - 1) * floor;
@@ -152,25 +164,30 @@ struct Block {
         gain[i] = share_t[i] * (r_t * p_s * v - p_t * r_s * u) / temperature;
       }
     }
-    // 3) the gradient
-    if (with_gradient) {
-      for (int i = 0; i < size; ++i) {
-        sum_s[i] = 1 / sum_s[i];
-        sum_t[i] = 1 / sum_t[i];
-        share_n[i] /= temperature;
-      }
-      for (int c = 0; c < C; ++c) {
-        for (int i = 0; i < size; ++i) {
-          const F q_s = student[c][i] * sum_s[i], q_t = teacher[c][i] * sum_t[i];
-          const F other = share_n[i] * (q_s - q_t) - gain[i] * q_s;
-          const F result = target[i] == c ? gain[i] : other;
-          student[c][i] = share_n[i] != 0 || share_t[i] != 0 ? result : F(0);
-        }
+    KDMOS_LANES total[i] += double(loss[i]);
+    if (!gradient) return;
+    // 3) the gradient; class 0 and the target change places again
+    Row by_s, by_t, first;
+    KDMOS_LANES {
+      const F share = share_n[i] * scale;
+      by_s[i] = (share - gain[i]) / sum_s[i];
+      by_t[i] = share / sum_t[i];
+      first[i] = gain[i] = share_n[i] != 0 || share_t[i] != 0 ? gain[i] : F(0);
+    }
+    for (int c = 1; c < C; ++c) {
+      KDMOS_LANES {
+        const bool is_target = target[i] == c;
+        const F result = by_s[i] * e_s[c][i] - by_t[i] * e_t[c][i];
+        const F other = share_n[i] != 0 || share_t[i] != 0 ? result : F(0);  // even if the logits are not finite
+        first[i] = is_target ? other : first[i];
+        s[c][i] = is_target ? gain[i] : other;
       }
     }
-    double total = 0;
-    for (int i = 0; i < size; ++i) total += double(loss[i]);
-    return total;
+    KDMOS_LANES s[0][i] = first[i];
+#pragma omp simd simdlen(kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      for (int c = 0; c < C; ++c) gradient[i * C + c] = s[c][i];
+    }
   }
 };
 
@@ -181,43 +198,51 @@ double run_blocks(const F* student, const F* teacher, const L* labels, const int
   const int C = kC ? kC : int(n);
   std::vector<double> loss(num_blocks);
   torch::stable::parallel_for(0, num_blocks, kGrain, [&](int64_t begin, int64_t end) {
-    const auto block = std::make_unique<Block<F, kC>>();
-    const F scale = 1 / temperature;
+    Lanes<F, kC> lanes;
     int64_t b = 0;
     for (int64_t number = begin; number < end; ++number) {
-      const int64_t first = number * kBlock;
-      const int size = int(std::min<int64_t>(kBlock, N - first));
-      for (int i = 0; i < size; ++i) {
-        for (int c = 0; c < C; ++c) {
-          block->student[c][i] = student[(first + i) * C + c] * scale;
-          block->teacher[c][i] = teacher[(first + i) * C + c] * scale;
-        }
-      }
-      while (first >= offsets[b + 1]) ++b;
-      const auto take = [&](int i, const F* tckd, const F* nckd) {
-        const L label = labels[first + i];
-        const bool labelled = (label >= 0) & (label < L(C));
-        const int32_t target = labelled ? int32_t(label) : 0;
-        block->target[i] = target;
-        block->share_t[i] = labelled ? tckd[target] : F(0);
-        block->share_n[i] = labelled ? nckd[target] : F(0);
-      };
-      if (first + size <= offsets[b + 1]) {  // all of one scan: no branches
+      const int64_t block = number * kBlock, rest = std::min(N, block + kBlock) - block;
+      alignas(64) int32_t targets[kBlock];  // of the whole block: read long after they are written in smaller pieces
+      for (int i = 0; i < rest; ++i) targets[i] = narrow_label(labels[block + i]);
+      for (int i = rest; i < kBlock; ++i) targets[i] = -1;
+      double total[kLanes] = {};
+      for (int64_t first = block; first < block + rest; first += kLanes) {
+        // 1) what each point counts
+        while (first >= offsets[b + 1]) ++b;
+        const int32_t* target = targets + (first - block);
+        const int size = int(std::min<int64_t>(kLanes, N - first));
         const F *tckd = shares.tckd.data() + b * C, *nckd = shares.nckd.data() + b * C;
-        for (int i = 0; i < size; ++i) take(i, tckd, nckd);
-      } else {
-        for (int i = 0, of = int(b); i < size; ++i) {
-          while (first + i >= offsets[of + 1]) ++of;
-          take(i, shares.tckd.data() + of * C, shares.nckd.data() + of * C);
+        if (first + kLanes <= offsets[b + 1]) {  // all of one scan: no branches
+          KDMOS_LANES lanes.share_t[i] = lanes.share_n[i] = 0;
+          for (int c = 0; c < C; ++c) {
+            const F share_t = tckd[c], share_n = nckd[c];
+            KDMOS_LANES {
+              lanes.share_t[i] = target[i] == c ? share_t : lanes.share_t[i];
+              lanes.share_n[i] = target[i] == c ? share_n : lanes.share_n[i];
+            }
+          }
+        } else {
+          for (int i = 0, of = 0; i < kLanes; ++i) {
+            while (i < size && first + i >= offsets[b + of + 1]) ++of;
+            const bool labelled = target[i] >= 0 && target[i] < C;
+            lanes.share_t[i] = labelled ? tckd[of * C + target[i]] : F(0);
+            lanes.share_n[i] = labelled ? nckd[of * C + target[i]] : F(0);
+          }
+        }
+        // 2) loss and gradient; the last rows through memory that has kLanes of them
+        const F *s = student + first * C, *t = teacher + first * C;
+        F* out = gradient ? gradient + first * C : nullptr;
+        if (size == kLanes) {
+          lanes.run(s, t, target, C, temperature, floor, total, out);
+        } else {
+          F rows[3][kMostClasses * kLanes] = {};
+          std::copy_n(s, size * C, rows[0]);
+          std::copy_n(t, size * C, rows[1]);
+          lanes.run(rows[0], rows[1], target, C, temperature, floor, total, rows[2]);
+          if (out) std::copy_n(rows[2], size * C, out);
         }
       }
-      loss[number] = block->run(C, size, temperature, floor, gradient != nullptr);
-      if (gradient) {
-        F* __restrict__ out = gradient + first * C;
-        for (int i = 0; i < size; ++i) {
-          for (int c = 0; c < C; ++c) out[i * C + c] = block->student[c][i];
-        }
-      }
+      for (double part : total) loss[number] += part;
     }
   });
   double total = 0;

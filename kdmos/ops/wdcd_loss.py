@@ -78,11 +78,12 @@ def _(student, teacher, labels, tables, offsets, temperature, normaliser, floor,
 def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])  # formed with the loss
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros in place of its gradient
 
 
 def _backward(ctx, gradient, _):
     (rows,) = ctx.saved_tensors
-    return rows * gradient, *(None,) * 8
+    return None if gradient is None else rows * gradient, *(None,) * 8
 
 
 native.differentiate("wdcd_loss", _backward, _keep)
