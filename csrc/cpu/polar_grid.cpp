@@ -1,8 +1,11 @@
 // Points to polar voxels: features, then one stable sort by voxel that every later op uses.
 //
-// Least work: 16 bytes in and 84 out a point; the counting sort touches B R A counters once.
+// Least work: 16 bytes in and 84 out a point. The heights that have points are bits of one word a place: where a
+// voxel stands among all is a count of bits, and the counting sort has a counter a voxel, not one a place.
+#include <bit>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "../geometry.h"
 #include "parallel.h"
@@ -10,26 +13,39 @@
 namespace kdmos {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // points, about 50 us of work
-constexpr int64_t kInsertion = 24;  // points of a cell up to which insertion beats counting
-
 struct Axis {
   double lower, upper, interval;
 };
+
+// 32 heights of an occupied place: those that have points, its cell, and the voxel of the lowest.
+struct Column {
+  uint32_t heights;
+  int32_t cell, voxel;
+};
+
+// A row of features a point; apart from the loop that makes them, so that the compiler writes it in vectors.
+void write_rows(int size, const float* __restrict__ dr, const float* __restrict__ da, const float* __restrict__ dz,
+                const float* __restrict__ r, const float* __restrict__ a, const float* __restrict__ p,
+                float* __restrict__ row) {
+  for (int i = 0; i < size; ++i, p += 4, row += 9) {
+    row[0] = dr[i], row[1] = da[i], row[2] = dz[i], row[3] = r[i], row[4] = a[i];
+    row[5] = p[2], row[6] = p[0], row[7] = p[1], row[8] = p[3];
+  }
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar_grid(
     const Tensor& points, const Tensor& offsets, const std::vector<double>& lower, const std::vector<double>& upper,
     const std::vector<double>& interval, const std::vector<int64_t>& bins) {
   STD_TORCH_CHECK(points.dim() == 2 && points.size(1) == 4 && points.is_contiguous(), "polar_grid: points [N, 4]");
   const int64_t N = points.size(0), B = offsets.size(0) - 1;
-  const int64_t R = bins[0], A = bins[1], Z = bins[2], num_places = B * R * A;
-  STD_TORCH_CHECK(num_places < std::numeric_limits<int32_t>::max() && N < std::numeric_limits<int32_t>::max(),
-                  "polar_grid: more than 2^31 cells or points");
+  const int64_t R = bins[0], A = bins[1], Z = bins[2];
+  STD_TORCH_CHECK(N < std::numeric_limits<int32_t>::max(), "polar_grid: more than 2^31 points");
   const Axis rho{lower[0], upper[0], interval[0]}, phi{lower[1], upper[1], interval[1]},
       height{lower[2], upper[2], interval[2]};
   const float* xyzr = data<float>(points);
   const int64_t* start = data<int64_t>(offsets);
   STD_TORCH_CHECK(start[0] == 0 && start[B] == N, "polar_grid: offsets must run from 0 to the number of points");
+  check_ascending("polar_grid: offsets", start, B + 1, N + 1);
 
   Tensor features = empty_as(points, {N, 9}, ScalarType::Float);
   Tensor cell_rank = empty_as(points, {N}, ScalarType::Long), voxel_rank = empty_as(points, {N}, ScalarType::Long);
@@ -38,147 +54,137 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
   int64_t *point_cell = mutable_data<int64_t>(cell_rank), *point_voxel = mutable_data<int64_t>(voxel_rank);
   int64_t* sorted = mutable_data<int64_t>(order);
 
-  // 1) features and bins of each point
-  Scratch<int32_t> place(N), level(N);
-  torch::stable::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
+  // Each scan is shared among as many workers as there are threads for it: its points as well as its places.
+  const int64_t places = R * A, workers = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, B));
+  const auto for_workers = [&](const auto& work) {
+    torch::stable::parallel_for(0, B * workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) work(task, task / workers, task % workers);
+    });
+  };
+  const auto points_of = [&](int64_t b, int64_t worker) {  // the first one of this worker
+    return start[b] + share(start[b + 1] - start[b], workers, worker);
+  };
+
+  // 1) features and bins of each point; which heights of a place have points, a bit each
+  const int64_t words = (Z + 31) / 32, columns = places * words;
+  STD_TORCH_CHECK(32 * columns < std::numeric_limits<int32_t>::max(), "polar_grid: more than 2^31 voxels a scan");
+  Scratch<uint32_t> heights(B * workers * columns);  // of each worker's points
+  Scratch<int32_t> bin(N);                           // word of a point's place and height, times 32, plus its bit
+  for_workers([&](int64_t task, int64_t b, int64_t worker) {
     constexpr int kBlock = 256;
     float r[kBlock], a[kBlock], dr[kBlock], da[kBlock], dz[kBlock];
-    int32_t cell[kBlock], up[kBlock];
-    for (int64_t first = begin; first < end; first += kBlock) {
-      const int size = int(std::min<int64_t>(kBlock, end - first));
-      const float* p = xyzr + 4 * first;
+    uint32_t* occupied = heights + task * columns;
+    std::memset(occupied, 0, columns * sizeof(uint32_t));
+    const int64_t last = points_of(b, worker + 1);
+    for (int64_t first = points_of(b, worker); first < last; first += kBlock) {
+      const int size = int(std::min<int64_t>(kBlock, last - first));
+      const float* __restrict__ p = xyzr + 4 * first;
+      int32_t* __restrict__ to = bin + first;
       for (int i = 0; i < size; ++i) {
         const float x = p[4 * i], y = p[4 * i + 1], z = p[4 * i + 2];
         r[i] = std::sqrt(x * x + y * y);
         a[i] = angle<double>(y, x);
         const int ring = polar_index(r[i], rho.lower, rho.upper, rho.interval);
         const int sector = polar_index(a[i], phi.lower, phi.upper, phi.interval);
-        up[i] = polar_index(z, height.lower, height.upper, height.interval);
-        cell[i] = ring * int(A) + sector;
+        const int up = polar_index(z, height.lower, height.upper, height.interval);
+        to[i] = (ring * int(A) + sector) * int(32 * words) + up;
         dr[i] = float(r[i] - ((ring + 0.5) * rho.interval + rho.lower));
         da[i] = float(a[i] - ((sector + 0.5) * phi.interval + phi.lower));
-        dz[i] = float(z - ((up[i] + 0.5) * height.interval + height.lower));
+        dz[i] = float(z - ((up + 0.5) * height.interval + height.lower));
       }
-      float* out = feature + 9 * first;
-      for (int i = 0; i < size; ++i, out += 9) {
-        const float row[9] = {dr[i], da[i], dz[i], r[i], a[i], p[4 * i + 2], p[4 * i], p[4 * i + 1], p[4 * i + 3]};
-        std::memcpy(out, row, sizeof(row));
-      }
-      std::memcpy(place + first, cell, size * sizeof(int32_t));
-      std::memcpy(level + first, up, size * sizeof(int32_t));
+      write_rows(size, dr, da, dz, r, a, p, feature + 9 * first);
+      for (int i = 0; i < size; ++i) occupied[to[i] >> 5] |= 1u << (to[i] & 31);
     }
   });
 
-  // 2) counting sort by BEV cell, scan by scan, by as many workers a scan as there are threads for it; a cell's points
-  // stay in their order
-  const int64_t places = R * A, workers = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, B));
-  Scratch<int32_t> by_cell(N);                // points, sorted by cell
-  Scratch<int32_t> cell_end(N + 1);           // of the cells of a scan, from its first point on
-  Scratch<int32_t> cell_place(N);             // their places
-  Scratch<int32_t> next(B * workers * places);  // how many points each worker has in a cell; then where its next one goes
-  Scratch<int64_t> num_cells(B + 1);
-  const auto for_workers = [&](const auto& work) {  // work(its counters, its first point, its last)
-    torch::stable::parallel_for(0, B * workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / workers, worker = task % workers, size = start[b + 1] - start[b];
-        work(next + task * places, start[b] + share(size, workers, worker), start[b] + share(size, workers, worker + 1));
-      }
-    });
-  };
-  for_workers([&](int32_t* count, int64_t first, int64_t last) {
-    std::memset(count, 0, places * sizeof(int32_t));
-    for (int64_t i = first; i < last; ++i) ++count[place[i]];
-  });
-  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      int32_t sum = int32_t(start[b]);
-      int64_t cells = 0;
-      for (int64_t c = 0; c < places; ++c) {
-        const int32_t before = sum;
-        for (int64_t worker = 0; worker < workers; ++worker) {
-          int32_t& count = next[(b * workers + worker) * places + c];
-          const int32_t size = count;
-          count = sum;
-          sum += size;
-        }
-        if (sum > before) {
-          cell_place[start[b] + cells] = int32_t(c);
-          cell_end[start[b] + cells++] = sum;
-        }
-      }
-      num_cells[b + 1] = cells;
+  // 2) the words that are not empty, and how many cells and voxels they are
+  Scratch<int32_t> occupied(B * columns);
+  Scratch<int64_t> first_word(B * workers), last_word(B * workers);
+  Scratch<int64_t> first_cell(B * workers + 1), first_voxel(B * workers + 1);
+  for_workers([&](int64_t task, int64_t b, int64_t worker) {
+    uint32_t* all = heights + b * workers * columns;
+    const int64_t first = share(places, workers, worker) * words, last = share(places, workers, worker + 1) * words;
+    for (int64_t other = 1; other < workers; ++other) {
+      const uint32_t* more = all + other * columns;
+      for (int64_t w = first; w < last; ++w) all[w] |= more[w];
     }
-  });
-  for_workers([&](int32_t* to, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) by_cell[to[place[i]]++] = int32_t(i);
-  });
-  num_cells[0] = 0;
-  for (int64_t b = 0; b < B; ++b) num_cells[b + 1] += num_cells[b];
-  const int64_t M = num_cells[B];
-  Tensor cells = empty_as(points, {M}, ScalarType::Long), cell_start = empty_as(points, {M + 1}, ScalarType::Long);
-  int64_t *cell_id = mutable_data<int64_t>(cells), *cell_first = mutable_data<int64_t>(cell_start);
-  cell_first[0] = 0;
-  for (int64_t b = 0; b < B; ++b) {
-    for (int64_t c = num_cells[b]; c < num_cells[b + 1]; ++c) {
-      const int64_t row = start[b] + c - num_cells[b];
-      cell_id[c] = b * R * A + cell_place[row];
-      cell_first[c + 1] = cell_end[row];
+    int64_t end = b * columns + first;
+    first_word[task] = end;
+    for (int64_t w = first; w < last; ++w) {
+      occupied[end] = int32_t(w);
+      end += all[w] != 0;  // no branch: few are
     }
+    last_word[task] = end;
+    int64_t cells = 0, voxels = 0, before = -1;
+    for (int64_t i = first_word[task]; i < end; ++i) {
+      const int64_t c = occupied[i] / int32_t(words);
+      cells += c != before;
+      voxels += std::popcount(all[occupied[i]]);
+      before = c;
+    }
+    first_cell[task + 1] = cells, first_voxel[task + 1] = voxels;
+  });
+  first_cell[0] = first_voxel[0] = 0;
+  for (int64_t task = 0; task < B * workers; ++task) {
+    first_cell[task + 1] += first_cell[task], first_voxel[task + 1] += first_voxel[task];
   }
-
-  // 3) the points of a cell by height, and how many heights there are
-  Scratch<int32_t> num_voxels(M + 1);
-  const int64_t grain = std::max<int64_t>(1, M * kGrain / std::max<int64_t>(N, 1));
-  torch::stable::parallel_for(0, M, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> histogram(Z + 1), copy;
-    for (int64_t c = begin; c < end; ++c) {
-      int32_t* p = by_cell + cell_first[c];
-      const int64_t size = cell_first[c + 1] - cell_first[c];
-      if (size <= kInsertion) {
-        for (int64_t i = 1; i < size; ++i) {
-          const int32_t point = p[i], h = level[point];
-          int64_t j = i;
-          for (; j > 0 && level[p[j - 1]] > h; --j) p[j] = p[j - 1];
-          p[j] = point;
-        }
-      } else {
-        std::fill(histogram.begin(), histogram.end(), 0);
-        for (int64_t i = 0; i < size; ++i) ++histogram[level[p[i]] + 1];
-        for (int64_t h = 0; h < Z; ++h) histogram[h + 1] += histogram[h];
-        copy.assign(p, p + size);
-        for (int32_t point : copy) p[histogram[level[point]]++] = point;
-      }
-      int32_t voxels = 1;
-      for (int64_t i = 1; i < size; ++i) voxels += level[p[i]] != level[p[i - 1]];
-      num_voxels[c + 1] = voxels;
-    }
-  });
-  num_voxels[0] = 0;
-  for (int64_t c = 0; c < M; ++c) num_voxels[c + 1] += num_voxels[c];
-  const int64_t V = num_voxels[M];
+  const int64_t M = first_cell[B * workers], V = first_voxel[B * workers];
+  Tensor cells = empty_as(points, {M}, ScalarType::Long), cell_start = empty_as(points, {M + 1}, ScalarType::Long);
   Tensor voxels = empty_as(points, {V}, ScalarType::Long), voxel_start = empty_as(points, {V + 1}, ScalarType::Long);
+  int64_t *cell_id = mutable_data<int64_t>(cells), *cell_first = mutable_data<int64_t>(cell_start);
   int64_t *voxel_id = mutable_data<int64_t>(voxels), *voxel_first = mutable_data<int64_t>(voxel_start);
 
-  // 4) the ranks of each point
-  torch::stable::parallel_for(0, M, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      int64_t voxel = num_voxels[c] - 1;
-      int32_t before = -1;
-      for (int64_t i = cell_first[c]; i < cell_first[c + 1]; ++i) {
-        const int32_t point = by_cell[i], h = level[point];
-        if (h != before) {
-          ++voxel;
-          voxel_id[voxel] = cell_id[c] * Z + h;
-          voxel_first[voxel] = i;
-          before = h;
-        }
-        sorted[i] = point;
-        point_cell[point] = c;
-        point_voxel[point] = voxel;
+  // 3) the numbers of their cells and voxels
+  Scratch<Column> column(B * columns);
+  Scratch<int32_t> cell_voxel(M);  // lowest voxel of each cell
+  for_workers([&](int64_t task, int64_t b, int64_t) {
+    const uint32_t* all = heights + b * workers * columns;
+    int64_t m = first_cell[task] - 1, v = first_voxel[task], before = -1;
+    for (int64_t i = first_word[task]; i < last_word[task]; ++i) {
+      const int32_t w = occupied[i], c = w / int32_t(words);
+      if (c != before) {
+        cell_id[++m] = b * places + c;
+        cell_voxel[m] = int32_t(v);
       }
+      before = c;
+      column[b * columns + w] = {all[w], int32_t(m), int32_t(v)};
+      const int64_t bottom = (b * places + c) * Z + (w - c * words) * 32;
+      for (uint32_t bits = all[w]; bits; bits &= bits - 1) voxel_id[v++] = bottom + std::countr_zero(bits);
     }
   });
+
+  // 4) the ranks of each point, and how many points each worker has in a voxel
+  Scratch<int32_t> next(workers * V);
+  for_workers([&](int64_t, int64_t b, int64_t worker) {
+    int32_t* count = next + worker * V;
+    std::fill(count + first_voxel[b * workers], count + first_voxel[(b + 1) * workers], 0);
+    const Column* of_scan = column + b * columns;
+    const int64_t last = points_of(b, worker + 1);
+    for (int64_t i = points_of(b, worker); i < last; ++i) {
+      const Column at = of_scan[bin[i] >> 5];
+      const int64_t voxel = at.voxel + std::popcount(at.heights & ((1u << (bin[i] & 31)) - 1));
+      point_cell[i] = at.cell;
+      point_voxel[i] = voxel;
+      ++count[voxel];
+    }
+  });
+
+  // 5) where the points of each voxel begin, and where the next one of each worker goes
+  int32_t sum = 0;
+  for (int64_t v = 0; v < V; ++v) {
+    voxel_first[v] = sum;
+    for (int64_t worker = 0; worker < workers; ++worker) sum += std::exchange(next[worker * V + v], sum);
+  }
   voxel_first[V] = N;
+  for (int64_t m = 0; m < M; ++m) cell_first[m] = voxel_first[cell_voxel[m]];
+  cell_first[M] = N;
+
+  // 6) the points sorted by voxel, those of a voxel in their order
+  for_workers([&](int64_t, int64_t b, int64_t worker) {
+    int32_t* to = next + worker * V;
+    const int64_t last = points_of(b, worker + 1);
+    for (int64_t i = points_of(b, worker); i < last; ++i) sorted[to[point_voxel[i]]++] = i;
+  });
   return {features, cell_rank, cells, cell_start, voxel_rank, voxels, voxel_start, order};
 }
 
