@@ -13,6 +13,7 @@ namespace kdmos {
 namespace {
 
 constexpr int64_t kRows = 8;        // input rows a thread takes at a time
+constexpr int kLanes = 8;           // sums of every eighth channel, before they are added
 constexpr int64_t kMostPlaces = 64;  // groups * scale^2 computed together
 
 struct Shape {
@@ -125,6 +126,15 @@ Tensor dysample(const Tensor& x_nchw, const Tensor& offset_nchw, int64_t scale, 
   return channels_last(out);
 }
 
+// sum[p] of the kLanes values of each place, 0 where it may not move: sums across lanes, for many places together.
+template <class F>
+void add_lanes(int64_t P, const F* __restrict__ lanes, const int32_t* __restrict__ free, F* __restrict__ sum) {
+  for (int64_t p = 0; p < P; ++p, lanes += kLanes) {
+    const F low = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), high = (lanes[4] + lanes[5]) + (lanes[6] + lanes[7]);
+    sum[p] = free[p] ? low + high : F(0);
+  }
+}
+
 // A sub-pixel with a corner in another band's rows.
 struct Crossing {
   int32_t h, w, p;
@@ -160,6 +170,7 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
       // 1) each band: the gradient of its offsets, and of x in its own rows
       torch::stable::parallel_for(0, n.B * bands, 1, [&](int64_t begin, int64_t end) {
         Places<F> at;
+        F sums_x[kMostPlaces * kLanes], sums_y[kMostPlaces * kLanes];
         for (int64_t task = begin; task < end; ++task) {
           const int64_t b = task / bands, low = task % bands * rows, high = std::min(n.H, low + rows);
           const T* from = image + b * n.H * n.W * n.C;
@@ -177,15 +188,19 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
                 const T *xc = from + corner.pixel[2] * n.C + channel, *xd = from + corner.pixel[3] * n.C + channel;
                 const int64_t size = constant() ? constant() : width;
                 const F along = at.along[p], down = at.down[p];
-                F gx = 0, gy = 0;  // two sums over the channels, not one for each corner: sums across lanes cost most
-#pragma omp simd reduction(+ : gx, gy)
-                for (int64_t k = 0; k < size; ++k) {
-                  const F g = F(up[k]), a = F(xa[k]), b_ = F(xb[k]), c = F(xc[k]), d = F(xd[k]);
-                  gx = multiply_add(g, multiply_add(down, (d - c) - (b_ - a), b_ - a), gx);
-                  gy = multiply_add(g, multiply_add(along, (d - b_) - (c - a), c - a), gy);
+                F gx[kLanes] = {}, gy[kLanes] = {};
+                for (int64_t first = 0; first < size; first += kLanes) {
+                  const int64_t lanes = constant() ? kLanes : std::min<int64_t>(kLanes, size - first);
+#pragma omp simd
+                  for (int64_t l = 0; l < lanes; ++l) {
+                    const int64_t k = first + l;
+                    const F g = F(up[k]), a = F(xa[k]), b_ = F(xb[k]), c = F(xc[k]), d = F(xd[k]);
+                    gx[l] = multiply_add(g, multiply_add(down, (d - c) - (b_ - a), b_ - a), gx[l]);
+                    gy[l] = multiply_add(g, multiply_add(along, (d - b_) - (c - a), c - a), gy[l]);
+                  }
                 }
-                to_shift[pixel * 2 * n.P + p] = at.free_along[p] ? gx : F(0);
-                to_shift[pixel * 2 * n.P + n.P + p] = at.free_down[p] ? gy : F(0);
+                std::memcpy(sums_x + p * kLanes, gx, sizeof(gx));
+                std::memcpy(sums_y + p * kLanes, gy, sizeof(gy));
                 bool crosses = false;
                 for (int q = 0; q < 4; q += 2) {
                   const int64_t y = q ? at.bottom[p] : at.top[p];
@@ -203,6 +218,9 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
                 }
                 if (crosses) crossings[task].push_back({int32_t(h), int32_t(w), int32_t(p)});
               }
+              F* to = to_shift + pixel * 2 * n.P;
+              add_lanes(n.P, sums_x, at.free_along, to);
+              add_lanes(n.P, sums_y, at.free_down, to + n.P);
             }
           }
         }
