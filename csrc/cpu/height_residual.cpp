@@ -258,7 +258,7 @@ Tensor height_residual(const std::vector<Tensor>& tensors, const Tensor& transfo
 }
 
 // The published form of a whole sequence: step i compares scans [i + K/2, i + K) with [i, i + K/2), and what scan
-// i + j reads is its channel K - 1 - j. One thread a step, as far as the steps divide.
+// i + j reads is its channel K - 1 - j. One thread a step.
 Tensor height_residual_sequence(const std::vector<Tensor>& tensors, const Tensor& transforms,
                                 const std::vector<int64_t>& bins, const std::vector<double>& limits) {
   const std::vector<Scan> scans = make_scans(tensors);
@@ -283,9 +283,11 @@ Tensor height_residual_sequence(const std::vector<Tensor>& tensors, const Tensor
                });
     }
   };
-  const int64_t whole = T - T % num_threads();  // steps that one thread does alone; all share each of the others
-  torch::stable::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) { run(begin, end, 1); });
-  if (whole < T) run(whole, T, num_threads());
+  if (T < num_threads()) {  // too few steps to share out whole
+    run(0, T, num_threads());
+  } else {
+    torch::stable::parallel_for(0, T, 1, [&](int64_t begin, int64_t end) { run(begin, end, 1); });
+  }
   return residual;
 }
 
