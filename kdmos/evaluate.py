@@ -463,7 +463,7 @@ def html_report(report: dict, pictures: Iterable[str | Path] = (), curves: dict 
     if drawn := [scan_picture(path) for path in pictures]:
         text = "From above, the sensor in the centre, driving direction up; grey points by their height."
         sections.append(Section("Scans", [text, *drawn]))
-    words = {"source": "scans", "form": "motion form", "lookahead": "look-ahead, scans"}
+    words = {"source": "scans", "input": "reads", "form": "motion form", "lookahead": "look-ahead, scans"}
     made_with = {words.get(key, key): value for key, value in (report["made_with"] or {}).items()}
     made_with = made_with or {"made with": "not said by their maker"}
     inputs = {"data": report["data"], "predictions": report["predictions"]}

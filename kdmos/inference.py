@@ -1,10 +1,10 @@
-"""What `predict` and `teach` share: which sequences, on which device, and a student's logits scan by scan."""
+"""What `predict` and `teach` share: which sequences, on which device, and a model's logits scan by scan."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ import torch
 from kdmos.command import listed
 from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
 from kdmos.errors import InputError
-from kdmos.models import SHIPPED, Rule, Student
-from kdmos.models.fast import PRECISIONS, FastStudent
+from kdmos.models import SHIPPED, Rule, Student, Teacher
+from kdmos.models.fast import PRECISIONS, FastStudent, usable_precision
 from kdmos.motion import MotionStream
 
 
@@ -30,47 +30,101 @@ class ScanLogits(NamedTuple):
     logits: torch.Tensor
 
 
-def prepared(student: Student | Rule, precision: str = "float32") -> FastStudent | Rule:
-    """The student as inference runs it. Raises: InputError for an unknown precision."""
+Model = Student | FastStudent | Rule | Teacher
+
+
+def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> FastStudent | Rule | Teacher:
+    """The model as inference runs it. Raises: InputError for an unknown precision."""
     if precision not in PRECISIONS:
         raise InputError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
-    return student if isinstance(student, Rule) else FastStudent(student, precision)
+    if isinstance(model, Student):
+        return FastStudent(model, precision)
+    if isinstance(model, Teacher):
+        model.dtype = usable_precision(precision, model.seg_head.weight.device)
+    return model
+
+
+class _StudentScans:
+    """Scans one after the other, to a student.
+
+    `push` takes the next one and returns how to get the logits of the one `lookahead` before it, None while there is
+    none; `flush` the same for those that still wait.
+    """
+
+    def __init__(self, student: Student | FastStudent | Rule) -> None:
+        self.student, self.motion = student, MotionStream(student.settings.motion)
+        self.waiting: deque[torch.Tensor] = deque()
+
+    def _answer(self, residual: torch.Tensor) -> Callable[[], torch.Tensor]:
+        points = self.waiting.popleft()
+
+        def logits() -> torch.Tensor:
+            offsets = torch.tensor([0, len(points)], device=points.device)
+            return self.student(points, offsets, residual).point_logits
+
+        return logits
+
+    def push(self, points: torch.Tensor, pose: np.ndarray) -> Callable[[], torch.Tensor] | None:
+        self.waiting.append(points)
+        residual = self.motion.push(points, pose)
+        return None if residual is None else self._answer(residual)
+
+    def flush(self) -> Iterator[Callable[[], torch.Tensor]]:
+        return (self._answer(residual) for residual in self.motion.flush())
+
+
+class _TeacherScans:
+    """Scans one after the other, to a teacher, which answers at once; as `_StudentScans`."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher, size = teacher, teacher.settings.num_scans
+        self.scans: deque[torch.Tensor] = deque(maxlen=size)
+        self.poses: deque[np.ndarray] = deque(maxlen=size)
+
+    def push(self, points: torch.Tensor, pose: np.ndarray) -> Callable[[], torch.Tensor]:
+        self.scans.append(points)
+        self.poses.append(pose)
+        scans, poses = list(self.scans), torch.from_numpy(np.stack(self.poses))
+        return lambda: self.teacher.point_logits(scans, poses)
+
+    def flush(self) -> Iterator[Callable[[], torch.Tensor]]:
+        return iter(())
 
 
 @torch.inference_mode()
 def sequence_logits(
-    student: Student | FastStudent | Rule,
+    model: Model,
     sequence: Sequence,
     device: torch.device | str = "cpu",
     skip: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, ScanLogits | InputError | None]]:
-    """Logits of a student for the scans of a sequence, in frame order.
+    """Logits of a model for the scans of a sequence, in frame order.
 
-    A scan that cannot be read yields its error and counts as empty in the motion windows of the others.
+    A scan that cannot be read yields its error and counts as empty in the windows of the others.
 
     Args:
-        student: In eval mode, on `device`.
+        model: In eval mode, on `device`.
         sequence: With poses.
         device: Where the ops and the network run.
         skip: Frames whose answer is not needed; None is yielded for them. They are read where they belong to the
-            motion windows of the others, and the error of one that cannot be read is yielded all the same.
+            windows of the others, and the error of one that cannot be read is yielded all the same.
     Yields: (frame, logits, error or None), each frame once.
     Raises: InputError if the poses are missing or wrong.
     """
-    poses, stream = sequence.poses(), MotionStream(student.settings.motion)
-    waiting: deque[tuple[int, torch.Tensor, np.ndarray | InputError]] = deque()
+    poses, settings = sequence.poses(), model.settings
+    stream = _TeacherScans(model) if isinstance(model, Teacher) else _StudentScans(model)
+    waiting: deque[tuple[int, np.ndarray | InputError]] = deque()
 
-    def answer(residual: torch.Tensor) -> tuple[int, ScanLogits | InputError | None]:
-        frame, points, finite = waiting.popleft()
-        if isinstance(finite, InputError) or frame in skip:
-            return frame, finite if isinstance(finite, InputError) else None
-        offsets = torch.tensor([0, len(points)], device=points.device)
-        return frame, ScanLogits(finite, student(points, offsets, residual).point_logits.float())
+    def answer(logits: Callable[[], torch.Tensor]) -> tuple[int, ScanLogits | InputError | None]:
+        frame, finite = waiting.popleft()
+        if isinstance(finite, InputError):
+            return frame, finite
+        return frame, None if frame in skip else ScanLogits(finite, logits().float())
 
     wanted = [index for index, frame in enumerate(sequence.frames) if frame not in skip]
     # The answers depend on no scan outside start..stop: `history` before the first one, `lookahead` after the last.
-    start = max(0, wanted[0] - student.settings.motion.history) if wanted else len(sequence.frames)
-    stop = wanted[-1] + student.settings.motion.lookahead + 1 if wanted else len(sequence.frames)
+    start = max(0, wanted[0] - settings.history) if wanted else len(sequence.frames)
+    stop = wanted[-1] + settings.lookahead + 1 if wanted else len(sequence.frames)
     yield from ((frame, None) for frame in sequence.frames[:start])
     for frame, pose in zip(sequence.frames[start:stop], poses[start:stop]):
         try:
@@ -80,13 +134,12 @@ def sequence_logits(
             points, finite = np.zeros((0, 4), np.float32), error
         else:
             points = points if finite.all() else points[finite]
-        points = torch.from_numpy(points).to(device)
-        waiting.append((frame, points, finite))
-        residual = stream.push(points, pose)
-        if residual is not None:
-            yield answer(residual)
-    for residual in stream.flush():
-        yield answer(residual)
+        waiting.append((frame, finite))
+        logits = stream.push(torch.from_numpy(points).to(device), pose)
+        if logits is not None:
+            yield answer(logits)
+    for logits in stream.flush():
+        yield answer(logits)
     yield from ((frame, None) for frame in sequence.frames[stop:])
 
 

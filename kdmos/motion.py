@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdmos import ops
-from kdmos.settings import MotionSettings, ResidualGrid
+from kdmos.settings import MotionSettings, ResidualGrid, StudentSettings, TeacherSettings
 
 RUN = 16  # scans whose channels are computed together: enough for the threads of a desktop, 0.1 GB
 
@@ -189,17 +189,16 @@ def motion_channels(
     return [done.numpy() for done in out] if len(scans) and isinstance(scans[0], np.ndarray) else out
 
 
-def warn_of_incomplete(sequence, settings: MotionSettings) -> None:
-    """Warn if a sequence lacks frames, or is too short for any scan of it to have all its channels."""
+def warn_of_incomplete(sequence, settings: MotionSettings | StudentSettings | TeacherSettings) -> None:
+    """Warn if a sequence lacks frames, or is too short for any scan of it to have all neighbours that are asked for."""
     if sequence.gaps:
         warnings.warn(
-            f"sequence {sequence.name} lacks {len(sequence.gaps)} frames; its motion windows go over the gaps",
-            stacklevel=3,
+            f"sequence {sequence.name} lacks {len(sequence.gaps)} frames; its windows go over the gaps", stacklevel=3
         )
     if len(sequence.frames) <= settings.history + settings.lookahead:
         warnings.warn(
             f"sequence {sequence.name} has {len(sequence.frames)} scans: none has the {settings.history} scans before "
-            f"and {settings.lookahead} after it that all motion channels need",
+            f"and {settings.lookahead} after it that belong to a whole window",
             stacklevel=3,
         )
 

@@ -20,15 +20,15 @@ from kdmos.command import run
 from kdmos.data.labels import to_raw
 from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, read_manifest
 from kdmos.errors import InputError
-from kdmos.inference import ScanLogits, asked_sequences, choose_device, fingerprint, prepared, sequence_logits
-from kdmos.models import SHIPPED, Rule, Student, load_student
+from kdmos.inference import Model, ScanLogits, asked_sequences, choose_device, fingerprint, prepared, sequence_logits
+from kdmos.models import SHIPPED, load_model
 from kdmos.motion import warn_of_incomplete
 
 CARD = "kdmos/weights/synthetic.md"
 
 
 class ScanResult(NamedTuple):
-    """What the student says of one scan, one row per point of the file.
+    """What the model says of one scan, one row per point of the file.
 
     predicted: int64 [n], class index; -1 for a non-finite point.
     moving_probability: float32 [n]; 0 for a non-finite point.
@@ -39,22 +39,22 @@ class ScanResult(NamedTuple):
 
 
 def predict_sequence(
-    student: Student | Rule, sequence: Sequence, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
+    model: Model, sequence: Sequence, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
 ) -> Iterator[tuple[int, ScanResult | InputError | None]]:
     """Classes of every point of a sequence, scan by scan in frame order.
 
-    A scan that cannot be read yields its error and counts as empty in the motion windows of the others.
+    A scan that cannot be read yields its error and counts as empty in the windows of the others.
 
     Args:
-        student: In eval mode, on `device`.
+        model: In eval mode, on `device`.
         sequence: With poses.
         device: Where the ops and the network run.
         skip: Frames whose answer is not needed; None is yielded for them.
     Yields: (frame, result or error).
     Raises: InputError if the poses are missing or wrong.
     """
-    for frame, scan in sequence_logits(student, sequence, device, skip):
-        yield frame, _result(scan, student.moving) if isinstance(scan, ScanLogits) else scan
+    for frame, scan in sequence_logits(model, sequence, device, skip):
+        yield frame, _result(scan, model.moving) if isinstance(scan, ScanLogits) else scan
 
 
 def _result(scan: ScanLogits, moving: int) -> ScanResult:
@@ -66,7 +66,7 @@ def _result(scan: ScanLogits, moving: int) -> ScanResult:
 
 
 def predict_data(
-    student: Student | Rule,
+    model: Model,
     sequences: list[Sequence],
     output: Path,
     device: torch.device | str = "cpu",
@@ -77,7 +77,7 @@ def predict_data(
     """Write the predictions of all scans; what an interrupted run has written is kept.
 
     Args:
-        student: In eval mode, on `device`.
+        model: In eval mode, on `device`.
         sequences: What to predict.
         output: Gets sequences/<name>/predictions/<frame>.label and, if asked for, <frame>.score.
         device: Where the ops and the network run.
@@ -93,14 +93,14 @@ def predict_data(
     with Progress(disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("predict", total=total)
         for sequence in sequences:
-            warn_of_incomplete(sequence, student.settings.motion)
+            warn_of_incomplete(sequence, model.settings)
             there = frozenset(f for f in sequence.frames if _complete(output, sequence, f, scores))
             if len(there) == len(sequence.frames):  # no need to look at it
                 done += len(there)
                 progress.advance(task, len(there))
                 continue
             non_finite = 0
-            for frame, result in predict_sequence(student, sequence, device, there):
+            for frame, result in predict_sequence(model, sequence, device, there):
                 progress.advance(task)
                 if isinstance(result, InputError):
                     lost.append(f"{sequence.scan(frame)}: {result}")
@@ -112,7 +112,7 @@ def predict_data(
                 path = sequence.prediction_path(output, frame)
                 if scores:  # first, so that a label file means that all is there
                     write_atomic(path.with_suffix(".score"), result.moving_probability.astype("<f2").tobytes())
-                raw = to_raw(result.predicted, student.classes, classes, student.moving)
+                raw = to_raw(result.predicted, model.classes, classes, model.moving)
                 write_atomic(path, raw.astype("<u4").tobytes(), durable=False)
             if non_finite:
                 warnings.warn(f"sequence {sequence.name}: {non_finite} non-finite points were labelled 9", stacklevel=2)
@@ -128,16 +128,16 @@ def _complete(output: Path, sequence: Sequence, frame: int, scores: bool) -> boo
     return all(file.is_file() and file.stat().st_size == width * num_points for file, width in sizes)
 
 
-def made_with(student: Student | Rule, checkpoint: str | Path, source: str | Path, classes: int = 2) -> dict:
+def made_with(model: Model, checkpoint: str | Path, source: str | Path, classes: int = 2) -> dict:
     """What predictions depend on, for the note beside them."""
-    motion = student.settings.motion
+    settings = model.settings
     return {
         "source": str(Path(source).resolve()),
         "checkpoint": fingerprint(checkpoint),
         "classes": classes,
-        "form": motion.form,
-        "lookahead": motion.lookahead,
-        "precision": str(getattr(student, "dtype", torch.float32)).removeprefix("torch."),
+        "input": settings.reads,
+        "lookahead": settings.lookahead,
+        "precision": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
     }
 
 
@@ -173,7 +173,7 @@ def predict(
     source: Annotated[Path, typer.Argument(help="SemanticKITTI data root, or one sequence folder with velodyne/.")],
     checkpoint: Annotated[
         Path,
-        typer.Option(help="A student: .safetensors, the authors' .pt, synthetic (shipped), or rule (training-free)."),
+        typer.Option(help="A model: .safetensors, the authors' .pt, synthetic (shipped), or rule (training-free)."),
     ] = Path("synthetic"),
     output: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
     sequences: Annotated[str | None, typer.Option(help="Names, e.g. 11,12; all by default.")] = None,
@@ -197,22 +197,22 @@ def predict(
         raise InputError(f"--classes {classes}: 2 (9, 251) or 4 (also 250 for movable)")
     found = asked_sequences(source, sequences, split)
     where = choose_device(device)
-    student = prepared(load_student(checkpoint, where, lookahead=lookahead, force=force), precision)
+    model = prepared(load_model(checkpoint, where, lookahead=lookahead, force=force), precision)
     if str(checkpoint) in SHIPPED:
         print(f"student '{checkpoint}', shipped with kdmos: trained on synthetic scans alone (its card: {CARD})")
-    if classes == 4 and "movable" not in student.classes:
-        raise InputError(f"--classes 4: {checkpoint} knows only {', '.join(student.classes)}")
-    motion = student.settings.motion
-    manifest = made_with(student, checkpoint, source, classes)
-    done, lost = predict_data(student, found, output, where, classes, scores, manifest)
-    print(f"{done} scans labelled in {output} ({motion.form} motion channels, look-ahead {motion.lookahead} scans)")
+    if classes == 4 and "movable" not in model.classes:
+        raise InputError(f"--classes 4: {checkpoint} knows only {', '.join(model.classes)}")
+    settings = model.settings
+    manifest = made_with(model, checkpoint, source, classes)
+    done, lost = predict_data(model, found, output, where, classes, scores, manifest)
+    print(f"{done} scans labelled in {output} ({settings.reads}, look-ahead {settings.lookahead} scans)")
     if zip:
         print(f"{zip_predictions(output, found)}: the label files, packed")
     for line in lost:
         print(f"not labelled: {line}", file=sys.stderr)
     if lost:
         print(
-            f"the motion channels of up to {motion.history} scans before and after each of them lack its points",
+            f"up to {settings.history} scans before and after each of them had to do without its points",
             file=sys.stderr,
         )
     return 1 if lost else 0

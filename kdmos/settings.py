@@ -112,6 +112,15 @@ class MotionSettings:
         return 2 * self.num_channels - 2
 
 
+def _set_moving(settings: StudentSettings | TeacherSettings) -> None:
+    if settings.moving is None:
+        if "moving" not in settings.classes:
+            raise ValueError(f'one of the classes must be "moving", got {settings.classes}')
+        object.__setattr__(settings, "moving", settings.classes.index("moving"))
+    if not 0 <= settings.moving < len(settings.classes):
+        raise ValueError(f"moving class {settings.moving} is not among the {len(settings.classes)} classes")
+
+
 @dataclass(frozen=True)
 class StudentSettings:
     """All that the network's shape and meaning depend on; saved in every checkpoint's header.
@@ -134,11 +143,84 @@ class StudentSettings:
     def __post_init__(self) -> None:
         if self.name not in STUDENTS:
             raise ValueError(f"student must be one of {tuple(STUDENTS)}, got {self.name!r}")
-        if self.moving is None:
-            if "moving" not in self.classes:
-                raise ValueError(f'one of the classes must be "moving", got {self.classes}')
-            object.__setattr__(self, "moving", self.classes.index("moving"))
-        if not 0 <= self.moving < len(self.classes):
-            raise ValueError(f"moving class {self.moving} is not among the {len(self.classes)} classes")
+        _set_moving(self)
         if min(self.grid.bins[:2]) < 16:
             raise ValueError(f"the U-Net halves its input four times: needs 16 x 16 cells, got {self.grid.bins}")
+
+    @property
+    def history(self) -> int:
+        """Scans before the current one that its labels are made from."""
+        return self.motion.history
+
+    @property
+    def lookahead(self) -> int:
+        """Scans after the current one that its labels wait for."""
+        return self.motion.lookahead
+
+    @property
+    def reads(self) -> str:
+        """What it is fed with, in words."""
+        return f"{self.motion.form} motion channels"
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """All that the teacher's shape and meaning depend on; saved in every checkpoint's header. Defaults: MambaMOS.
+
+    classes: Class names in logit order.
+    moving: Index of the moving class; None: of the class named "moving".
+    num_scans: The newest scan and so many less one before it.
+    voxel: Metres a side.
+    curves: Space-filling curves; block i of a stage goes along curve i, and so on in turns.
+    encoder_depths, encoder_channels, decoder_depths, decoder_channels: Blocks and width of each stage, finest first.
+    mlp_ratio: Hidden channels of the blocks' MLPs per channel.
+    drop_path: Probability of leaving out a branch of the last block in training; those before it have less.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: str = "mambamos"
+    classes: tuple[str, ...] = ("unlabeled", "static", "movable", "moving")
+    moving: int | None = None
+    num_scans: int = 8
+    voxel: float = 0.09
+    curves: tuple[str, ...] = ("z", "z-trans", "hilbert", "hilbert-trans")
+    encoder_depths: tuple[int, ...] = (2, 2, 2, 6, 2)
+    encoder_channels: tuple[int, ...] = (32, 64, 128, 256, 512)
+    decoder_depths: tuple[int, ...] = (2, 2, 2, 2)
+    decoder_channels: tuple[int, ...] = (64, 64, 128, 256)
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.3
+
+    @property
+    def in_channels(self) -> int:
+        """x, y, z, remission, age."""
+        return 5
+
+    def __post_init__(self) -> None:
+        if self.name != "mambamos":
+            raise ValueError(f"teacher must be mambamos, got {self.name!r}")
+        _set_moving(self)
+        stages = len(self.encoder_depths)
+        lengths = [len(self.encoder_channels), len(self.decoder_depths) + 1, len(self.decoder_channels) + 1]
+        if stages < 1 or lengths != [stages] * 3:
+            raise ValueError(
+                "teacher: needs as many encoder_channels as encoder_depths and one less decoder_depths and "
+                f"decoder_channels, got {stages}, {lengths[0]}, {lengths[1] - 1} and {lengths[2] - 1}"
+            )
+        if self.num_scans < 1 or self.voxel <= 0 or not self.curves or not 0 <= self.drop_path < 1:
+            raise ValueError(f"teacher: num_scans, voxel and curves must be positive, drop_path in 0..1, got {self}")
+
+    @property
+    def history(self) -> int:
+        """Scans before the current one that its labels are made from."""
+        return self.num_scans - 1
+
+    @property
+    def lookahead(self) -> int:
+        return 0
+
+    @property
+    def reads(self) -> str:
+        """What it is fed with, in words."""
+        return f"windows of {self.num_scans} scans"

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +27,11 @@ from kdmos.command import run
 from kdmos.data.semantic_kitti import Sequence
 from kdmos.data.teacher_logits import REMEDY, TeacherLogits
 from kdmos.errors import InputError
-from kdmos.inference import ScanLogits, asked_sequences, choose_device, fingerprint, prepared, sequence_logits
-from kdmos.models import Rule, Student, load_student
+from kdmos.inference import Model, ScanLogits, asked_sequences, choose_device, fingerprint, prepared, sequence_logits
+from kdmos.models import Rule, Teacher, load_model
+from kdmos.models.teacher import Voting
 from kdmos.motion import warn_of_incomplete
-from kdmos.settings import MotionSettings
+from kdmos.settings import StudentSettings, TeacherSettings
 
 WINDOW = "window"  # the one entry of a file's settings that is of the scan and not of the teacher
 POSE_DIGITS = 6  # metres and entries of the rotation; another machine's linear algebra differs beyond
@@ -36,26 +40,31 @@ POSE_DIGITS = 6  # metres and entries of the rotation; another machine's linear 
 # --- who the teacher is
 
 
-def teacher_settings(student: Student | Rule, checkpoint: str | Path) -> dict:
+def teacher_settings(model: Model, checkpoint: str | Path) -> dict:
     """What identifies a teacher, JSON-able: equal settings give equal logits for equal scans and poses.
 
     Args:
-        student: As loaded, so that a forced look-ahead is in it.
+        model: As loaded, so that a forced look-ahead is in it.
         checkpoint: The file that it was loaded from.
-    Returns: `checkpoint` (hash of the file), `model`, `classes`, `moving`, `grid` and `motion`, the settings of both.
+    Returns: `checkpoint` (hash of the file), `model`, `classes`, `moving` and the other settings of the model; of
+        MambaMOS `voting` too.
     """
-    settings = asdict(student.settings)
-    settings["model"] = _model(student)
+    settings = asdict(model.settings)
+    settings["model"] = _model(model)
     del settings["name"]
+    if isinstance(model, Teacher):
+        settings["voting"] = asdict(model.voting)
+    if getattr(model, "dtype", torch.float32) != torch.float32:
+        settings["precision"] = str(model.dtype).removeprefix("torch.")
     return json.loads(json.dumps({"checkpoint": fingerprint(checkpoint), **settings}))  # lists, as read back
 
 
-def _model(student: Student | Rule) -> str:
-    return "rule" if isinstance(student, Rule) else student.settings.name
+def _model(model: Model) -> str:
+    return "rule" if isinstance(model, Rule) else model.settings.name
 
 
-def window_keys(sequence: Sequence, motion: MotionSettings) -> dict[int, str]:
-    """Hash, for each frame, of what its logits depend on beside the scan: poses and neighbours of its motion window.
+def window_keys(sequence: Sequence, settings: StudentSettings | TeacherSettings) -> dict[int, str]:
+    """Hash, for each frame, of what its logits depend on beside the scan: poses and neighbours of its window.
 
     Of the neighbours, frame number and file size count: a scan that was repaired, or that came later, changes it.
     """
@@ -64,7 +73,7 @@ def window_keys(sequence: Sequence, motion: MotionSettings) -> dict[int, str]:
     sizes = [path.stat().st_size if path.exists() else None for path in paths]  # None: a broken link
     keys = {}
     for index, frame in enumerate(sequence.frames):
-        window = slice(max(0, index - motion.history), index + motion.lookahead + 1)
+        window = slice(max(0, index - settings.history), index + settings.lookahead + 1)
         key = hashlib.blake2b(poses[window].tobytes(), digest_size=8)
         key.update(repr((frame, sequence.frames[window], sizes[window])).encode())
         keys[frame] = key.hexdigest()
@@ -98,22 +107,22 @@ def _differences(settings: dict, found: dict) -> str:
 
 def check_scans(
     store: TeacherLogits,
-    sequences: list[Sequence],
+    wanted: list[tuple[Sequence, frozenset[int]]],
     settings: dict | None = None,
-    motion: MotionSettings | None = None,
+    window: StudentSettings | TeacherSettings | None = None,
 ) -> Iterator[tuple[Sequence, int, str | None]]:
     """What is wrong with the stored logits of each scan; the scans are read and hashed, nothing is computed.
 
     Args:
         store: Logits of one teacher.
-        sequences: With poses, if `motion` is given.
+        wanted: Frames to look at of each sequence; with poses, if `window` is given.
         settings: The teacher's; None: whatever the first sound file says, the others must agree with it.
-        motion: The teacher's motion channels; None: what their windows were made of is not checked.
+        window: Which scans the teacher reads beside its own; None: what they were is not checked.
     Yields: (sequence, frame, fault), None for a sound file of this scan and teacher. A fault begins with the file.
     """
-    for sequence in sequences:
-        windows = None if motion is None else window_keys(sequence, motion)
-        for frame in sequence.frames:
+    for sequence, frames in wanted:
+        windows = None if window is None else window_keys(sequence, window)
+        for frame in sorted(frames):
             scan = sequence.scan(frame)
             try:
                 found = store.verify(scan, sequence.points_path(frame))["settings"]
@@ -132,8 +141,21 @@ def check_scans(
 # --- the caching
 
 
+def share_of(sequences: list[Sequence], process: int, processes: int) -> list[tuple[Sequence, frozenset[int]]]:
+    """The frames that one of several processes computes: a run of each sequence, whatever is done already.
+
+    No two processes share a frame, and neighbouring scans are read by one process, or two where their runs meet.
+    """
+
+    def run(frames: list[int]) -> frozenset[int]:
+        bounds = [len(frames) * i // processes for i in (process, process + 1)]
+        return frozenset(frames[bounds[0] : bounds[1]])
+
+    return [(sequence, run(list(sequence.frames))) for sequence in sequences]
+
+
 def teach_data(
-    student: Student | Rule,
+    model: Model,
     store: TeacherLogits,
     settings: dict,
     wanted: list[tuple[Sequence, frozenset[int]]],
@@ -142,13 +164,13 @@ def teach_data(
 ) -> tuple[int, list[str]]:
     """Compute and store the logits of the wanted scans; a file is there whole or not at all, whenever it ends.
 
-    Non-finite points, which a student does not see, get logits of 0: no class is favoured. A warning counts them;
+    Non-finite points, which a model does not see, get logits of 0: no class is favoured. A warning counts them;
     training leaves such points out.
 
     Args:
-        student: The teacher, in eval mode, on `device`.
+        model: The teacher, in eval mode, on `device`.
         store: Where its logits go, float16 [n, C], one row for each point of the file.
-        settings: Of the teacher, see `teacher_settings`; each file also gets the key of its motion window.
+        settings: Of the teacher, see `teacher_settings`; each file also gets the key of its window.
         wanted: Frames to compute of each sequence.
         device: Where the ops and the network run.
         advance: Called after each wanted scan.
@@ -159,13 +181,13 @@ def teach_data(
     for sequence, frames in wanted:
         if not frames:  # no need to look at it
             continue
-        warn_of_incomplete(sequence, student.settings.motion)
-        windows, non_finite = window_keys(sequence, student.settings.motion), 0
-        for frame, scan in sequence_logits(student, sequence, device, frozenset(sequence.frames) - frames):
+        warn_of_incomplete(sequence, model.settings)
+        windows, non_finite = window_keys(sequence, model.settings), 0
+        for frame, scan in sequence_logits(model, sequence, device, frozenset(sequence.frames) - frames):
             if frame not in frames:
                 continue
             if isinstance(scan, ScanLogits):
-                logits = np.zeros((len(scan.finite), len(student.classes)), np.float32)
+                logits = np.zeros((len(scan.finite), len(model.classes)), np.float32)
                 logits[scan.finite] = scan.logits.cpu().numpy()
                 about = {**settings, WINDOW: windows[frame]}
                 store.write(sequence.scan(frame), sequence.points_path(frame), logits, about)
@@ -180,6 +202,29 @@ def teach_data(
 
 
 # --- the command
+
+
+def _process() -> tuple[int, int]:
+    """Number of this process, and of how many, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class _Estimate:
+    """Says once how long the rest takes, from scans after the first, which pays for what is set up once."""
+
+    SCANS = 3
+
+    def __init__(self, total: int, console: Console) -> None:
+        self.total, self.console, self.done, self.start = total, console, 0, 0.0
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.done == 1:
+            self.start = time.perf_counter()
+        if self.done == 1 + self.SCANS < self.total:
+            seconds = (time.perf_counter() - self.start) / self.SCANS
+            rest = timedelta(seconds=round(seconds * (self.total - self.done)))
+            self.console.print(f"{seconds:.3g} s a scan: about {rest} for the other {self.total - self.done}")
 
 
 def _progress() -> Progress:
@@ -208,34 +253,51 @@ def teach(
         int | None, typer.Option(help="Future scans to use, if not what the checkpoint was trained with.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Allow another look-ahead than the trained one.")] = False,
+    turns: Annotated[int, typer.Option(help="MambaMOS: passes a scan, each with other points.", min=1)] = 1,
+    sum_turns: Annotated[
+        bool, typer.Option("--sum-turns", help="MambaMOS: add the passes' logits, as its authors do.")
+    ] = False,
+    draw_points: Annotated[
+        bool, typer.Option("--draw-points", help="MambaMOS: draw the points of any scan, as its authors do.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> int:
     """Cache a teacher's logits for every scan, for `kdmos train distill.logits=... distill.teacher=...`.
 
-    Any student is a teacher. Needs poses.txt and calib.txt in each sequence folder; labels are not looked at. The same
-    command goes on where it was interrupted and computes again what is damaged or belongs to another scan. A scan
-    that cannot be read is listed and the rest goes on; the exit code is then 1.
+    MambaMOS is a teacher, and any student. Needs poses.txt and calib.txt in each sequence folder; labels are not
+    looked at. The same command goes on where it was interrupted and computes again what is damaged or belongs to
+    another scan. A scan that cannot be read is listed and the rest goes on; the exit code is then 1. Under torchrun
+    each process takes its share of the scans, on a GPU of its own where there are some.
     """
     if checkpoint is None and not (verify and name):
         raise InputError("--checkpoint is missing: the teacher (--verify --name NAME alone go without)")
     if name is not None and (not name or name != Path(name).name or name.startswith(".")):
         raise InputError(f"--name '{name}': expected the name of one folder")
     found = asked_sequences(source, sequences, split)
+    process, processes = _process()
+    if device == "auto" and processes > 1 and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     where = choose_device("cpu" if verify else device)
-    student = None
+    model = settings = None
     if checkpoint is not None:
-        student = prepared(load_student(checkpoint, where, lookahead=lookahead, force=force))
-    settings = None if student is None else teacher_settings(student, checkpoint)
-    motion = None if student is None else student.settings.motion
-    store = TeacherLogits(output, name or _model(student))
+        model = prepared(load_model(checkpoint, where, lookahead=lookahead, force=force), precision)
+        voting = Voting(turns, sum_turns, draw_points)
+        if isinstance(model, Teacher):
+            model.voting = voting
+        elif voting != Voting():
+            raise InputError(f"--turns, --sum-turns, --draw-points: of MambaMOS, and {checkpoint} is a student")
+        settings = teacher_settings(model, checkpoint)
+    store = TeacherLogits(output, name or _model(model))
     if not verify:
         refuse_others(store, settings)
 
-    total, folder = sum(len(sequence.frames) for sequence in found), output / store.teacher
+    mine = share_of(found, process, processes)
+    total, folder = sum(len(frames) for _, frames in mine), output / store.teacher
     faults: list[tuple[Sequence, int, str]] = []
     with _progress() as progress:
         task = progress.add_task("check", total=total)
-        for sequence, frame, fault in check_scans(store, found, settings, motion):
+        for sequence, frame, fault in check_scans(store, mine, settings, None if model is None else model.settings):
             progress.advance(task)
             if fault is not None:
                 faults.append((sequence, frame, fault))
@@ -248,22 +310,29 @@ def teach(
     unfit = [fault for sequence, frame, fault in faults if store.path(sequence.scan(frame)).exists()]
     if unfit:
         warnings.warn(f"{len(unfit)} of the files there do not fit and are computed again: {unfit[0]}", stacklevel=2)
-    if len(student.classes) == 2:
+    if len(model.classes) == 2:
         warnings.warn("a teacher of two classes: of the losses, kd and ofa can learn from it", stacklevel=2)
     wanted = [(sequence, frozenset(frame for s, frame, _ in faults if s is sequence)) for sequence in found]
     with _progress() as progress:
         task = progress.add_task("teach", total=len(faults))
-        computed, lost = teach_data(student, store, settings, wanted, where, lambda: progress.advance(task))
+        estimate = _Estimate(len(faults), progress.console)
+
+        def advance() -> None:
+            progress.advance(task)
+            estimate.advance()
+
+        computed, lost = teach_data(model, store, settings, wanted, where, advance)
     print(
-        f"{computed} scans computed, {total - len(faults)} were there, in {folder} ({', '.join(student.classes)}; "
-        f"{motion.form} motion channels, look-ahead {motion.lookahead} scans)"
+        f"{computed} scans computed, {total - len(faults)} were there, in {folder} ({', '.join(model.classes)}; "
+        f"{model.settings.reads}, look-ahead {model.settings.lookahead} scans)"
+        + (f"; process {process + 1} of {processes}" if processes > 1 else "")
     )
     print(f"learn from them: kdmos train ... distill.logits={output} distill.teacher={store.teacher}")
     for line in lost:
         print(f"no logits: {line}", file=sys.stderr)
     if lost:
         print(
-            f"the motion channels of up to {motion.history} scans before and after each of them lack its points",
+            f"up to {model.settings.history} scans before and after each of them had to do without its points",
             file=sys.stderr,
         )
     return 1 if lost else 0

@@ -33,7 +33,7 @@ from kdmos.data.semantic_kitti import Sequence, drop_static_scans, find_sequence
 from kdmos.data.teacher_logits import TeacherLogits
 from kdmos.errors import InputError
 from kdmos.losses import DISTILLATION, cross_entropy, lovasz_softmax
-from kdmos.models import Student, StudentOutput, load_student, save_student
+from kdmos.models import Student, StudentOutput, load_student, save_model
 from kdmos.motion import moving_by_rule, warn_of_incomplete
 from kdmos.settings import STUDENTS, StudentSettings
 
@@ -372,7 +372,7 @@ class Keep(Callback):
         low, high = seen[:, 0].amin(0).tolist(), seen[:, 1].amax(0).tolist()
         if not trainer.is_global_zero:
             return
-        save_student(
+        save_model(
             self.config.output / name,
             module.student,
             **self.about,

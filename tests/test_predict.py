@@ -12,7 +12,7 @@ import torch
 from kdmos import predict
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.errors import InputError
-from kdmos.models import Student, build_student, load_student, save_student
+from kdmos.models import Student, build_student, load_student, save_model
 from kdmos.motion import motion_channels
 from kdmos.settings import MotionSettings, PolarGrid, StudentSettings
 
@@ -27,7 +27,7 @@ def data(tmp_path, write_sequence):
 def student_file(path, motion=None, **settings):
     torch.manual_seed(0)
     student = build_student(grid=GRID, motion=motion, **settings).eval()
-    save_student(path, student)
+    save_model(path, student)
     return path
 
 
@@ -99,7 +99,7 @@ def test_labels_of_unknown_origin_are_not_taken_for_ours(data, checkpoint, tmp_p
 def test_any_class_names_will_do_if_one_is_said_to_move(data, tmp_path):
     torch.manual_seed(0)
     student = Student(StudentSettings(classes=("mover", "still"), moving=0, grid=GRID)).eval()
-    save_student(tmp_path / "student.safetensors", student)
+    save_model(tmp_path / "student.safetensors", student)
     assert run(data, "--checkpoint", tmp_path / "student.safetensors", "--output", tmp_path / "out") == 0
     (sequence,) = find_sequences(data)
     scans = [torch.from_numpy(sequence.read_points(frame)) for frame in sequence.frames]

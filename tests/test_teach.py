@@ -16,7 +16,7 @@ from kdmos.data.semantic_kitti import find_sequences
 from kdmos.data.teacher_logits import TeacherLogits
 from kdmos.inference import ScanLogits, prepared, sequence_logits
 from kdmos.losses import DISTILLATION
-from kdmos.models import build_student, load_student, save_student
+from kdmos.models import build_student, load_student, save_model
 from kdmos.motion import motion_channels
 from kdmos.settings import MotionSettings, PolarGrid
 
@@ -31,7 +31,7 @@ def data(tmp_path, write_sequence):
 
 def student_file(path, seed=0, **settings):
     torch.manual_seed(seed)
-    save_student(path, build_student(grid=GRID, **settings).eval())
+    save_model(path, build_student(grid=GRID, **settings).eval())
     return path
 
 
@@ -333,7 +333,7 @@ def test_logits_that_are_not_finite_stop_the_run(data, tmp_path, capsys):
     student = build_student(grid=GRID).eval()
     with torch.no_grad():
         next(student.parameters()).fill_(torch.nan)
-    save_student(tmp_path / "broken.safetensors", student)
+    save_model(tmp_path / "broken.safetensors", student)
     assert run(data, "--checkpoint", tmp_path / "broken.safetensors", "--output", tmp_path / "logits") == 2
     assert "not finite in float16" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from kdmos.models import published
 from kdmos.models.blocks import DySample
 from kdmos.models.rule import Rule
 from kdmos.models.student import Student, StudentOutput
-from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings
+from kdmos.models.teacher import Teacher
+from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings, TeacherSettings
 
 SHIPPED = {"synthetic": Path(__file__).parent.parent / "weights" / "synthetic.safetensors"}
 
@@ -24,9 +25,14 @@ __all__ = [
     "Student",
     "StudentOutput",
     "StudentSettings",
+    "Teacher",
+    "TeacherSettings",
     "build_student",
+    "build_teacher",
+    "load_model",
     "load_student",
-    "save_student",
+    "load_teacher",
+    "save_model",
 ]
 
 
@@ -49,46 +55,89 @@ def build_student(
         motion: Motion settings; None: the published form with all its look-ahead.
     Raises: ValueError for an unknown name or a count without names.
     """
-    if classes is None:
-        if num_classes not in CLASSES:
-            raise ValueError(f"build_student: name the classes of a student with {num_classes} classes")
-        classes = CLASSES[num_classes]
+    classes = classes or _classes(num_classes, "student")
     motion = motion or MotionSettings("published", num_channels)
     settings = StudentSettings(name, tuple(classes), None, grid or PolarGrid(), motion)
     return Student(settings)
 
 
-def save_student(path: str | Path, student: Student, dtype: torch.dtype | None = None, **about) -> None:
-    """Write a student as one `.safetensors` whose header makes it usable anywhere.
+def build_teacher(
+    name: str = "mambamos", num_classes: int = 4, classes: tuple[str, ...] | None = None, **settings
+) -> Teacher:
+    """A teacher with fresh weights.
+
+    Args:
+        name: "mambamos".
+        num_classes: 2 (static, moving), 3 (with unlabeled) or 4 (with movable); other counts need `classes`.
+        classes: Class names in logit order, one of them "moving".
+        settings: Other fields of `TeacherSettings`.
+    Raises: ValueError for an unknown name or a count without names.
+    """
+    return Teacher(TeacherSettings(name, tuple(classes or _classes(num_classes, "teacher")), **settings))
+
+
+def _classes(num_classes: int, kind: str) -> tuple[str, ...]:
+    if num_classes not in CLASSES:
+        raise ValueError(f"build_{kind}: name the classes of a {kind} with {num_classes} classes")
+    return CLASSES[num_classes]
+
+
+def save_model(path: str | Path, model: Student | Teacher, dtype: torch.dtype | None = None, **about) -> None:
+    """Write a student or teacher as one `.safetensors` whose header makes it usable anywhere.
 
     Args:
         path: Target file, replaced atomically.
-        student: The student.
+        model: The student or teacher.
         dtype: Of the parameters in the file; float16 halves it. None: as they are.
         about: JSON-able facts for the header: training data, metrics, seed, commit, remission range...
     """
     from kdmos import checkpoint  # here, so that the networks alone need nothing but torch and numpy
 
-    settings, weights = asdict(student.settings), student.state_dict()
+    settings, weights = asdict(model.settings), model.state_dict()
     if dtype is not None:  # the statistics of the norms stay as they are: they are few, and their range is wide
-        weights |= {key: value.to(dtype) for key, value in student.named_parameters()}
+        weights |= {key: value.to(dtype) for key, value in model.named_parameters()}
     checkpoint.save(path, weights, {**about, "model": settings.pop("name"), **settings})
 
 
 def load_student(
     path: str | Path, device: str | torch.device = "cpu", lookahead: int | None = None, force: bool = False
 ) -> Student | Rule:
-    """A student from our `.safetensors` or from the authors' `.pt`, in eval mode.
+    """A student from our `.safetensors` or from the authors' `.pt`, in eval mode; see `load_model`.
 
-    By name: "synthetic", which comes with the package and saw synthetic scans alone, and "rule", the training-free
-    rule.
+    Raises: InputError too if the file holds a teacher.
+    """
+    model = load_model(path, device, lookahead, force)
+    if isinstance(model, Teacher):
+        raise InputError(f"{path}: a {model.settings.name} teacher, not a student")
+    return model
 
-    `student.header` holds all that the file says about itself (empty for the authors' files, whose classes, K and
-    upsampler are read off the tensors, and for which the published grid and look-ahead are assumed).
+
+def load_teacher(path: str | Path, device: str | torch.device = "cpu") -> Teacher:
+    """MambaMOS from our `.safetensors` or from the authors' `.pth`, in eval mode; see `load_model`.
+
+    Raises: InputError too if the file holds a student.
+    """
+    model = load_model(path, device)
+    if not isinstance(model, Teacher):
+        raise InputError(f"{path}: a student, not a teacher (to learn from it, use load_model)")
+    return model
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", lookahead: int | None = None, force: bool = False
+) -> Student | Rule | Teacher:
+    """A student or teacher from our `.safetensors` or from the authors' files, in eval mode.
+
+    By name: "synthetic", a student which comes with the package and saw synthetic scans alone, and "rule", the
+    training-free rule.
+
+    `model.header` holds all that the file says about itself. It is empty for the authors' files: of a student, classes,
+    K and upsampler are read off the tensors, and the published grid and look-ahead are assumed; of a teacher, classes,
+    depths and widths, and 8 scans and voxels of 0.09 m are assumed.
 
     Args:
         path: The file.
-        device: Where the student goes.
+        device: Where the model goes.
         lookahead: Future scans to use, if not the ones it was trained with.
         force: Allow another look-ahead than the trained one.
     Raises: InputError naming the file and what does not fit, or another look-ahead without `force`.
@@ -101,48 +150,71 @@ def load_student(
         return Rule().to(device).eval()
     path = SHIPPED.get(str(path), path)
     weights, header = checkpoint.load(path)
-    if published.is_published(weights):
-        weights, settings = published.convert(weights, str(path))
-    elif "model" in header and "motion" in header:
-        settings = _settings_of(header, path)
+    if published.is_teacher(weights):
+        settings = _teacher_settings(header, path) if header else published.teacher_settings(weights, str(path))
+        if lookahead:
+            raise InputError(f"{path}: a teacher, which reads no future scans, not {lookahead}")
+        model = Teacher(settings)
     else:
-        raise InputError(f"{path}: not a student: neither a kdmos header nor the authors' KDMOS / MotionBEV layers")
-    trained = settings.motion.lookahead
-    if lookahead is not None and lookahead != trained:
-        if not force:
+        if published.is_student(weights):
+            weights, settings = published.convert(weights, str(path))
+        elif "model" in header and "motion" in header:
+            settings = _student_settings(header, path)
+        else:
             raise InputError(
-                f"{path}: was trained with a look-ahead of {trained} scans, not {lookahead}; its accuracy holds for "
-                "that alone (force it with force=True, --force)"
+                f"{path}: not a student, nor a teacher: neither a kdmos header nor the authors' KDMOS, MotionBEV or "
+                "MambaMOS layers"
             )
-        try:
-            settings = replace(settings, motion=replace(settings.motion, lookahead=lookahead))
-        except ValueError as error:
-            raise InputError(f"{path}: {error}") from error
-    student = Student(settings)
-    missing, unexpected, shapes = _compare(student.state_dict(), weights)
+        model = Student(_looking_ahead(settings, lookahead, force, path))
+    missing, unexpected, shapes = _compare(model.state_dict(), weights)
     if missing or unexpected or shapes:
+        kind = "teacher" if isinstance(model, Teacher) else "student"
         raise InputError(
-            f"{path}: does not fit a {settings.name} student with {len(settings.classes)} classes: "
+            f"{path}: does not fit a {model.settings.name} {kind} with {len(model.classes)} classes: "
             f"{len(missing)} tensors missing, {len(unexpected)} unknown, {len(shapes)} of another shape"
             f" (first: {(missing + unexpected + shapes)[0]})"
         )
-    student.load_state_dict(weights)
-    student.header = header
-    return student.to(device).eval()
+    model.load_state_dict(weights)
+    model.header = header
+    return model.to(device).eval()
 
 
-def _settings_of(header: dict, path: str | Path) -> StudentSettings:
-    def tuples(settings: dict) -> dict:
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+def _looking_ahead(settings: StudentSettings, lookahead: int | None, force: bool, path: str | Path) -> StudentSettings:
+    trained = settings.motion.lookahead
+    if lookahead is None or lookahead == trained:
+        return settings
+    if not force:
+        raise InputError(
+            f"{path}: was trained with a look-ahead of {trained} scans, not {lookahead}; its accuracy holds for "
+            "that alone (force it with force=True, --force)"
+        )
+    try:
+        return replace(settings, motion=replace(settings.motion, lookahead=lookahead))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
 
+
+def _tuples(settings: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def _teacher_settings(header: dict, path: str | Path) -> TeacherSettings:
+    names = {field.name for field in fields(TeacherSettings)} - {"name"}
+    try:
+        return TeacherSettings(name=header["model"], **{name: _tuples(header)[name] for name in names})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the header does not describe a teacher ({error})") from error
+
+
+def _student_settings(header: dict, path: str | Path) -> StudentSettings:
     try:
         motion = dict(header["motion"])
-        grid = ResidualGrid(**tuples(motion.pop("grid")))
+        grid = ResidualGrid(**_tuples(motion.pop("grid")))
         return StudentSettings(
             name=header["model"],
             classes=tuple(header["classes"]),
             moving=header["moving"],
-            grid=PolarGrid(**tuples(header["grid"])),
+            grid=PolarGrid(**_tuples(header["grid"])),
             motion=MotionSettings(**motion, grid=grid),
         )
     except (KeyError, TypeError, ValueError) as error:

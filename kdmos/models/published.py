@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdmos.data.labels import CLASSES
 from kdmos.errors import InputError
-from kdmos.settings import MotionSettings, PolarGrid, StudentSettings
+from kdmos.settings import MotionSettings, PolarGrid, StudentSettings, TeacherSettings
 
 # Their key -> ours, first match. Every name is read off their published state_dict.
 RENAMED = [
@@ -35,7 +35,7 @@ RENAMED = [
 DEAD = re.compile(r"motion_channel_attention|motion_spatial_attention|\.init_pos$")
 
 
-def is_published(weights: dict[str, Tensor]) -> bool:
+def is_student(weights: dict[str, Tensor]) -> bool:
     """Whether these are the tensors of the authors' student."""
     return any(key.startswith("BEV_model.network.") for key in weights)
 
@@ -86,3 +86,36 @@ def convert(weights: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], S
     return {
         key: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for key, tensor in ours.items()
     }, settings
+
+
+def is_teacher(weights: dict[str, Tensor]) -> bool:
+    """Whether these are the tensors of MambaMOS, whose names are ours too."""
+    return "seg_head.weight" in weights and "backbone.embedding.stem.0.weight" in weights
+
+
+def teacher_settings(weights: dict[str, Tensor], path: str) -> TeacherSettings:
+    """What the tensors of MambaMOS say about it; number of scans, voxel and curves are assumed as published.
+
+    Raises: InputError naming a tensor that is missing or does not fit.
+    """
+
+    def stages(branch: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        name = re.compile(rf"backbone\.{branch}\.{branch}(\d+)\.block(\d+)\.mlp\.0\.fc2\.bias")
+        blocks = [name.match(key) for key in weights]
+        found = sorted((int(block[1]), int(block[2]), len(weights[block[0]])) for block in blocks if block)
+        depths = [sum(stage == s for s, _, _ in found) for stage in sorted({s for s, _, _ in found})]
+        return tuple(depths), tuple(width for _, block, width in found if block == 0)
+
+    try:
+        (encoder_depths, encoder_channels), (decoder_depths, decoder_channels) = stages("enc"), stages("dec")
+        hidden, channels = weights["backbone.enc.enc0.block0.mlp.0.fc1.weight"].shape
+        return TeacherSettings(
+            classes=CLASSES[len(weights["seg_head.weight"])],
+            encoder_depths=encoder_depths,
+            encoder_channels=encoder_channels,
+            decoder_depths=decoder_depths,
+            decoder_channels=decoder_channels,
+            mlp_ratio=hidden / channels,
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: looks like MambaMOS, but its tensors do not fit together ({error})") from error

@@ -5,23 +5,30 @@ from kdmos.ops.height_residual import height_residual, height_residual_sequence
 from kdmos.ops.native import backend
 from kdmos.ops.polar_grid import GriddedPoints, PointOrder, polar_grid
 from kdmos.ops.polar_scatter import cells_to_bev, linear_max, polar_scatter, polar_scatter_bev
+from kdmos.ops.serialization import CURVES, curve_code
+from kdmos.ops.submanifold_conv import Neighbours, find_neighbours, submanifold_conv
 from kdmos.ops.voxel_head import voxel_head
 from kdmos.ops.voxel_label import voxel_label
 from kdmos.ops.wdcd_loss import wdcd_loss
 from kdmos.ops.wrap_around import wrap_around
 
 __all__ = [
+    "CURVES",
     "GriddedPoints",
+    "Neighbours",
     "PointOrder",
     "backend",
     "cells_to_bev",
+    "curve_code",
     "dysample",
+    "find_neighbours",
     "height_residual",
     "height_residual_sequence",
     "linear_max",
     "polar_grid",
     "polar_scatter",
     "polar_scatter_bev",
+    "submanifold_conv",
     "voxel_head",
     "voxel_label",
     "wdcd_loss",

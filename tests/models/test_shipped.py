@@ -7,7 +7,7 @@ import torch
 from kdmos import metrics, predict
 from kdmos.data.labels import CLASSES, to_classes
 from kdmos.data.semantic_kitti import find_sequences
-from kdmos.models import SHIPPED, load_student, save_student
+from kdmos.models import SHIPPED, load_student, save_model
 from kdmos.models.fast import FastStudent, usable_precision
 from kdmos.settings import PolarGrid
 
@@ -23,7 +23,7 @@ def test_it_is_small_and_says_what_it_is():
 
 def test_half_of_the_bytes_are_nearly_all_of_the_student(tmp_path):
     student = load_student("synthetic")
-    save_student(tmp_path / "half.safetensors", student, torch.float16)
+    save_model(tmp_path / "half.safetensors", student, torch.float16)
     again = load_student(tmp_path / "half.safetensors")
     for (name, value), other in zip(student.state_dict().items(), again.state_dict().values()):
         assert torch.equal(value, other), name  # it was rounded once, and is stable from then on

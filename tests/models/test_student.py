@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from kdmos import checkpoint, ops
 from kdmos.errors import InputError
 from kdmos.losses import WDCD, cross_entropy, lovasz_softmax
-from kdmos.models import DySample, Student, build_student, load_student, published, save_student
+from kdmos.models import DySample, Student, build_student, load_student, published, save_model
 from kdmos.models.blocks import CircularConv2d, DropBlock2d, Dropout
 from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings
 
@@ -602,7 +602,7 @@ def test_round_trip(tmp_path, name):
     points, residual = random_scan(300, 4)
     expected = student.point_logits([points], [residual])[0]
     path = tmp_path / "made" / "student.safetensors"
-    save_student(path, student, seed=3, metrics={"moving_iou": 0.7}, data=["00", "01"])
+    save_model(path, student, seed=3, metrics={"moving_iou": 0.7}, data=["00", "01"])
     assert [file.name for file in path.parent.iterdir()] == ["student.safetensors"]
 
     loaded = load_student(path)
@@ -622,7 +622,7 @@ def test_round_trip(tmp_path, name):
     }
     # once more, over the old file
     header = {key: value for key, value in loaded.header.items() if key in ("seed", "metrics", "data")}
-    save_student(path, loaded, **header)
+    save_model(path, loaded, **header)
     again = load_student(path)
     assert again.header == loaded.header
     assert again.settings == student.settings
@@ -630,7 +630,7 @@ def test_round_trip(tmp_path, name):
 
 def test_moving_class_of_another_name(tmp_path):
     settings = StudentSettings(classes=("still", "mover", "rest"), moving=1, grid=SMALL)
-    save_student(tmp_path / "student.safetensors", Student(settings))
+    save_model(tmp_path / "student.safetensors", Student(settings))
     student = load_student(tmp_path / "student.safetensors")
     assert student.settings == settings
     assert student.moving == 1
@@ -638,7 +638,7 @@ def test_moving_class_of_another_name(tmp_path):
 
 def test_another_lookahead_has_to_be_forced(tmp_path):
     path = tmp_path / "student.safetensors"
-    save_student(path, small_student())
+    save_model(path, small_student())
     assert load_student(path, lookahead=7).settings.motion.lookahead == 7
     with pytest.raises(InputError, match=r"student\.safetensors: was trained with a look-ahead of 7 scans, not 3"):
         load_student(path, lookahead=3)
@@ -649,7 +649,7 @@ def test_another_lookahead_has_to_be_forced(tmp_path):
 
 def test_truncated_file_is_refused(tmp_path):
     path = tmp_path / "student.safetensors"
-    save_student(path, small_student())
+    save_model(path, small_student())
     content = path.read_bytes()
     for length in (0, 4, 8, 100, 5000, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
@@ -659,7 +659,7 @@ def test_truncated_file_is_refused(tmp_path):
 
 def test_our_files_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "student.safetensors"
-    save_student(path, small_student())
+    save_model(path, small_student())
     weights, header = checkpoint.load(path)
     del header["format"]
 
