@@ -31,6 +31,7 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def(
       "wdcd_loss(Tensor student, Tensor teacher, Tensor labels, Tensor tables, Tensor? offsets, float temperature, "
       "int normaliser, float floor, bool with_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def("add_rows(Tensor(a!) to, Tensor index, Tensor rows) -> ()");
   m.def("wrap_around(Tensor[] parts, int halo) -> Tensor");
   m.def("wrap_around_backward(Tensor gradient, int[] shapes, int halo) -> Tensor[]");
 }

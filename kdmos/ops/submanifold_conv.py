@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdmos.ops import native
+
 OFFSETS = list(product((-1, 0, 1), repeat=3))  # (dx, dy, dz), in the order of the weights
 CENTRE = len(OFFSETS) // 2  # the offsets before it mirror those after it: where b is a's neighbour, a is b's
 
@@ -88,7 +90,7 @@ class SubmanifoldConv(torch.autograd.Function):
         weights = weight.reshape(len(weight), 27, -1).permute(1, 2, 0)  # [27, C, D]
         out = x @ weights[CENTRE]
         for k, outputs, inputs in _directions(pairs):
-            out.index_add_(0, outputs, x.index_select(0, inputs) @ weights[k])
+            _add_rows(out, outputs, x.index_select(0, inputs) @ weights[k])
         return out
 
     @staticmethod
@@ -100,7 +102,7 @@ class SubmanifoldConv(torch.autograd.Function):
         to_weight[CENTRE] = gradient.T @ x
         for k, outputs, inputs in _directions(pairs):
             rows = gradient.index_select(0, outputs)
-            to_x.index_add_(0, inputs, rows @ weights[k])
+            _add_rows(to_x, inputs, rows @ weights[k])
             to_weight[k] = rows.T @ x.index_select(0, inputs)
         return to_x, to_weight.transpose(0, 1).reshape(weight.shape), *[None] * len(pairs)
 
@@ -110,3 +112,16 @@ def _directions(pairs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]
     for i, (here, there) in enumerate(zip(pairs[:CENTRE], pairs[CENTRE:])):
         yield CENTRE + 1 + i, here, there
         yield CENTRE - 1 - i, there, here
+
+
+def _add_rows(to: Tensor, index: Tensor, rows: Tensor) -> None:
+    """`to.index_add_(0, index, rows)`, which on a CPU goes through it element by element."""
+    if native.serves(to) and to.device.type == "cpu":
+        torch.ops.kdmos.add_rows(to, index, rows)
+    else:
+        to.index_add_(0, index, rows)
+
+
+@native.fake("add_rows")
+def _(to, index, rows):
+    return None

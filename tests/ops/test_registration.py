@@ -58,6 +58,7 @@ def samples():
         "voxel_head": (image(1, 6, 16, 20, grad=True), voxels, random(24, 6, grad=True), random(24, grad=True), 8),
         "voxel_head_backward": (random(4, 3), image(1, 6, 16, 20), voxels, random(24, 6), 8),
         "wdcd_loss": (random(50, 4, grad=True), random(50, 4, seed=1), labels, random(3, 4), None, 4.0, 1, 0.0, True),
+        "add_rows": (random(7, 5), cell[:20], random(20, 5)),
         "wrap_around": ([image(2, 3, 4, 5, grad=True), image(2, 2, 4, 5, seed=1, grad=True)], 1),
         "wrap_around_backward": (image(2, 5, 4, 7), [3, 4, 5, 2, 4, 5], 1),
     }, start
