@@ -11,11 +11,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kdmos.errors import InputError
-from kdmos.settings import StudentSettings
+from kdmos.settings import StudentSettings, TeacherSettings
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _expanded(value: Any) -> Any:
@@ -79,18 +80,34 @@ class OptimizerConfig(Strict):
     decay: Positive = 0.99  # factor per epoch, applied per step
 
 
-class Config(Strict):
-    """One training run."""
+class WindowAugmentConfig(Strict):
+    """Random changes to a training window of several scans as a whole, and to its points."""
+
+    rotate: Share = 0.5  # probability of a yaw, uniform over the full turn
+    scale: tuple[Positive, Positive] = (0.9, 1.1)  # factor, uniform between these
+    flip: bool = True  # x and y, each with probability 1/2
+    jitter: NotNegative = 0.005  # metres, standard deviation of each coordinate of each point, cut off at four of them
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.8  # share of the voxels that are kept, the nearest to a random one
+
+
+class OneCycleConfig(Strict):
+    """AdamW, with a learning rate that rises once and falls once along cosines; the recipe of MambaMOS."""
+
+    lr: Positive = 1.6e-4  # at its highest; the authors take 8e-5 times the scans of a step
+    weight_decay: NotNegative = 0.005
+    block_factor: Positive = 0.1  # of the blocks' learning rate to the others'
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.05  # share of the steps in which it rises
+    start: Positive = 0.1  # of the highest, at the first step
+    end: Positive = 1e-4  # of the highest, at the last step
+
+
+class RunConfig(Strict):
+    """What any training run needs."""
 
     output: File = Path("runs/train")  # all that the run writes
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
-    student: StudentSettings = StudentSettings()
-    init: File | None = None  # weights to start from: a student's .safetensors or the authors' .pt; null: random
-    augment: AugmentConfig = AugmentConfig()
-    class_weights: tuple[float, ...] | None = None  # of the cross-entropy, one per class
-    distill: DistillConfig | None = None  # null: learn from the labels alone
-    optimizer: OptimizerConfig = OptimizerConfig()
+    init: File | None = None  # weights to start from: a .safetensors or the authors' file; null: random
     epochs: Count = 150
     batch_size: Count = 8  # scans per step and process
     accumulate: Count = 1  # batches per optimizer step
@@ -99,6 +116,34 @@ class Config(Strict):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Count | Literal["auto"] = 1  # GPUs, or processes on a CPU; "auto": all GPUs
     save_every: Count = 200  # optimizer steps between saves of the training state
+
+
+class Config(RunConfig):
+    """A run that trains a student."""
+
+    student: StudentSettings = StudentSettings()
+    augment: AugmentConfig = AugmentConfig()
+    class_weights: tuple[float, ...] | None = None  # of the cross-entropy, one per class
+    distill: DistillConfig | None = None  # null: learn from the labels alone
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @property
+    def model(self) -> StudentSettings:
+        return self.student
+
+
+class TeacherConfig(RunConfig):
+    """A run that trains a teacher: of a config with a key `teacher`."""
+
+    teacher: TeacherSettings
+    augment: WindowAugmentConfig = WindowAugmentConfig()
+    optimizer: OneCycleConfig = OneCycleConfig()
+    epochs: Count = 50
+    batch_size: Count = 2
+
+    @property
+    def model(self) -> TeacherSettings:
+        return self.teacher
 
 
 class Loader(yaml.SafeLoader):
@@ -124,9 +169,10 @@ def find_config(name: str | Path) -> Path:
     raise InputError(f"--config {name}: no such file, and the configs by name are {', '.join(known)}")
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config | TeacherConfig:
     """Defaults, then the YAML, then `key=value` overrides such as `optimizer.lr=0.005` or `distill=null`.
 
+    With a key `teacher` it is a teacher's run, else a student's.
     Raises: InputError naming the file and the key: unknown, or a value that does not fit.
     """
     content, source = {}, "defaults"
@@ -156,21 +202,22 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
             place[leaf] = yaml.load(value, Loader)
         except yaml.YAMLError as error:
             raise InputError(f"'{override}': the value is not YAML: {error}") from error
+    kind = TeacherConfig if "teacher" in content else Config
     try:
-        return Config.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"]) + "."
         keys = {override.partition("=")[0] + ".": override for override in overrides}
         blamed = [o for key, o in keys.items() if key.startswith(place) or place.startswith(key)]
-        raise InputError(f"{blamed[-1] if blamed else source}: {_explain(error)}") from error
+        raise InputError(f"{blamed[-1] if blamed else source}: {_explain(error, kind)}") from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[RunConfig]) -> str:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     key = ".".join(place)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _known_keys(place[:-1])
+        known = _known_keys(place[:-1], kind)
         close = difflib.get_close_matches(place[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
@@ -179,8 +226,8 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {first['msg']}, got {first['input']!r}"
 
 
-def _known_keys(place: list[str]) -> list[str]:
-    schema = Config.model_json_schema()
+def _known_keys(place: list[str], kind: type[RunConfig]) -> list[str]:
+    schema = kind.model_json_schema()
     node = schema
     for part in place:
         node = node.get("properties", {}).get(part, {})
@@ -191,6 +238,6 @@ def _known_keys(place: list[str]) -> list[str]:
     return list(node.get("properties", {}))
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: RunConfig) -> str:
     """The whole resolved config as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

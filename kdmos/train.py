@@ -1,4 +1,4 @@
-"""`kdmos train`: a student on labelled sequences, alone or under a teacher.
+"""`kdmos train`: a student on labelled sequences, alone or under a teacher; or a teacher (its part: `train_teacher`).
 
 In order: the data, the model and its losses, what is kept, the run.
 """
@@ -23,17 +23,17 @@ from torch import Tensor
 from kdmos import __version__, metrics, ops
 from kdmos.checkpoint import write_atomic
 from kdmos.command import fail, run
-from kdmos.config import Config, dump_config, load_config
+from kdmos.config import Config, RunConfig, TeacherConfig, dump_config, load_config
 from kdmos.data.augment import apply_transforms, draw_transform
 from kdmos.data.batch import PackedBatch
-from kdmos.data.dataset import EpochOrder, MosDataset, ResumableLoader, step_seed
+from kdmos.data.dataset import EpochOrder, MosDataset, ResumableLoader, WindowDataset, step_seed
 from kdmos.data.labels import IGNORE
 from kdmos.data.motion_cache import MotionCache
 from kdmos.data.semantic_kitti import Sequence, drop_static_scans, find_sequences, split_sequences
 from kdmos.data.teacher_logits import TeacherLogits
 from kdmos.errors import InputError
 from kdmos.losses import DISTILLATION, cross_entropy, lovasz_softmax
-from kdmos.models import Student, StudentOutput, load_student, save_model
+from kdmos.models import Student, StudentOutput, Teacher, load_student, save_model
 from kdmos.motion import moving_by_rule, warn_of_incomplete
 from kdmos.settings import STUDENTS, StudentSettings
 
@@ -51,7 +51,7 @@ STATE, BEST, LAST = "state.ckpt", "best.safetensors", "last.safetensors"
 # --- the data
 
 
-def find_training_sequences(config: Config) -> tuple[list[Sequence], list[Sequence]]:
+def find_training_sequences(config: RunConfig) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to train and to validate on, as `config.data` asks for them."""
     data = config.data
     wanted = {"train": data.train, "valid": data.valid}
@@ -77,7 +77,7 @@ def find_training_sequences(config: Config) -> tuple[list[Sequence], list[Sequen
                 f"{sequence.labels_path(missing[0])}: missing, and so are {len(missing) - 1} more label files of "
                 f"sequence {sequence.name}; training needs one for every scan"
             )
-        warn_of_incomplete(sequence, config.student.motion)
+        warn_of_incomplete(sequence, config.model)
     return train, valid
 
 
@@ -94,17 +94,17 @@ def _check_classes(teacher: TeacherLogits, classes: tuple[str, ...]) -> None:
 
 
 class MosData(L.LightningDataModule):
-    """Reads what `config.data` names; builds the motion caches first."""
+    """Reads what `config.data` names; builds the motion caches first, which a student's run needs."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.config = config
         self.train_sequences, self.valid_sequences = find_training_sequences(config)
         sequences = {s.name: s for s in (*self.train_sequences, *self.valid_sequences)}
-        self.caches = {
-            name: MotionCache(config.data.cache, sequence, config.student.motion)
-            for name, sequence in sequences.items()
-        }
+        self.caches = {}
+        if isinstance(config, Config):
+            motion = config.student.motion
+            self.caches = {name: MotionCache(config.data.cache, s, motion) for name, s in sequences.items()}
         self.scan_list = config.output / "train_scans.txt"
 
     def prepare_data(self) -> None:
@@ -118,34 +118,45 @@ class MosData(L.LightningDataModule):
             write_atomic(self.scan_list, "".join(lines).encode())
 
     def setup(self, stage: str) -> None:
-        drop, distill = self.config.data.drop_static_scans, self.config.distill
+        drop = self.config.data.drop_static_scans
         listed = self.scan_list if drop is True else drop or None
         frames = {s.name: drop_static_scans(s, listed) if listed else s.frames for s in self.train_sequences}
-        teacher = TeacherLogits(distill.logits, distill.teacher) if distill else None
-        classes = self.config.student.classes
         train = [(s, f) for s in self.train_sequences for f in frames[s.name]]
-        missing = [scan for s, f in train if teacher and not teacher.path(scan := s.scan(f)).exists()]
+        valid = [(s, f) for s in self.valid_sequences for f in s.frames]
+        if len(valid) < self.trainer.world_size:
+            raise InputError(f"devices: {self.trainer.world_size} processes for {len(valid)} validation scans")
+        model = self.config.model
+        if isinstance(self.config, TeacherConfig):
+            self.train_set, self.valid_set = (
+                WindowDataset(scans, model.classes, model.num_scans) for scans in (train, valid)
+            )
+            return
+        self.train_set = MosDataset(train, model.classes, self.caches, self._teacher_of(train))
+        self.valid_set = MosDataset(valid, model.classes, self.caches)
+
+    def _teacher_of(self, train: list[tuple[Sequence, int]]) -> TeacherLogits | None:
+        """The store of the teacher's logits, which has them for all training scans."""
+        distill = self.config.distill
+        if distill is None:
+            return None
+        teacher = TeacherLogits(distill.logits, distill.teacher)
+        missing = [scan for s, f in train if not teacher.path(scan := s.scan(f)).exists()]
         if missing:
             raise InputError(
                 f"{teacher.path(missing[0])}: no logits of teacher '{distill.teacher}' for {len(missing)} of "
                 f"{len(train)} training scans; cache them: kdmos teach {self.config.data.root} --checkpoint FILE "
                 f"--output {distill.logits} --name {distill.teacher} (or train with distill=null)"
             )
-        if teacher is not None:
-            _check_classes(teacher, classes)
-        valid = [(s, f) for s in self.valid_sequences for f in s.frames]
-        if len(valid) < self.trainer.world_size:
-            raise InputError(f"devices: {self.trainer.world_size} processes for {len(valid)} validation scans")
-        self.train_set = MosDataset(train, classes, self.caches, teacher)
-        self.valid_set = MosDataset(valid, classes, self.caches)
+        _check_classes(teacher, self.config.student.classes)
+        return teacher
 
-    def order(self, dataset: MosDataset, shuffle: bool) -> EpochOrder:
+    def order(self, dataset: MosDataset | WindowDataset, shuffle: bool) -> EpochOrder:
         """The batches of this process."""
         size = self.config.batch_size if shuffle else 1
         rank, world = self.trainer.global_rank, self.trainer.world_size
         return EpochOrder(len(dataset), size, self.config.seed, shuffle, rank, world)
 
-    def _loader(self, dataset: MosDataset, shuffle: bool) -> ResumableLoader:
+    def _loader(self, dataset: MosDataset | WindowDataset, shuffle: bool) -> ResumableLoader:
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return ResumableLoader(dataset, self.order(dataset, shuffle), self.config.data.workers, pin_memory=on_gpu)
 
@@ -180,32 +191,93 @@ def initial_weights(path: Path, settings: StudentSettings) -> dict[str, Tensor]:
     return student.state_dict()
 
 
-class Training(L.LightningModule):
-    """A student, its losses and its optimiser.
+class ModelTraining(L.LightningModule):
+    """What the training of a student and of a teacher have in common.
 
     The randomness of a step follows from (seed, epoch, batch, process) alone, that of the data from
     (seed, epoch, scan): a resumed run repeats what the uninterrupted one would have drawn.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.config = config
+        classes = config.model.classes
+        # A model without an unlabeled class has no class to ignore; its unlabeled points carry 255.
+        self.ignore_index = classes.index("unlabeled") if "unlabeled" in classes else -100
+        self.confusion = MulticlassConfusionMatrix(len(classes))
+        # Lowest and highest x, y, z and remission seen: the checkpoint says what sensor it knows.
+        self.register_buffer("seen", torch.tensor([[np.inf], [-np.inf]]).repeat(1, 4))
+
+    @property
+    def model(self) -> Student | Teacher:
+        raise NotImplementedError
+
+    def words(self, value: dict[str, float]) -> str:
+        """What an epoch's line says beside its scores, given all logged values."""
+        return self.model.settings.reads
+
+    def begin_step(self, batch: PackedBatch, batch_index: int) -> None:
+        """Seed what the step draws, and note what it sees."""
+        torch.manual_seed(step_seed(self.config.seed, self.current_epoch, batch_index, self.global_rank))
+        low, high = batch.points.aminmax(dim=0)
+        self.seen[0].clamp_(max=low)
+        self.seen[1].clamp_(min=high)
+
+    def total(self, terms: dict[str, Tensor], batch: PackedBatch, batch_index: int) -> Tensor:
+        """The sum of the loss's terms, logged. Raises: InputError if it is not finite."""
+        loss = torch.stack(list(terms.values())).sum()
+        if not loss.isfinite():
+            state = self.config.output / STATE
+            before = f"an earlier state is in {state}; " if state.exists() else ""
+            values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
+            scans = ", ".join(map(str, batch.scans))
+            raise InputError(
+                f"the loss is not finite in epoch {self.current_epoch + 1}, batch {batch_index + 1} ({values}; scans "
+                f"{scans}); {before}lower optimizer.lr or look at these scans"
+            )
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.num_scans)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=batch.num_scans)
+        return loss
+
+    def labelled(self, labels: Tensor) -> Tensor:
+        """bool [N], which points count in the scores."""
+        return (labels != IGNORE) & (labels != self.ignore_index)
+
+    def on_validation_epoch_end(self) -> None:
+        confusion = self.confusion.compute().cpu().numpy()
+        self.confusion.reset()
+        for name, value in zip(self.model.classes, metrics.iou(confusion)):
+            if name != "unlabeled":
+                self.log(f"val/iou_{name}", float(value))
+        self.log("val/moving_iou", float(metrics.iou(confusion)[self.model.moving]), prog_bar=True)
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+        # Not the trainer's own estimate: that would set up the loader before its resumed state is known.
+        batches = len(self.trainer.datamodule.order(self.trainer.datamodule.train_set, shuffle=True))
+        return math.ceil(batches / self.config.accumulate)
+
+
+class Training(ModelTraining):
+    """A student, its losses and its optimiser."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         torch.manual_seed(config.seed)
         self.student = Student(config.student)
         if config.init is not None:
             self.student.load_state_dict(initial_weights(config.init, config.student))
         classes = config.student.classes
-        # A model without an unlabeled class has no class to ignore; its unlabeled points carry 255.
-        self.ignore_index = classes.index("unlabeled") if "unlabeled" in classes else -100
         self.distillation = self._build_distillation()
         weights = config.class_weights
         if weights is not None and len(weights) != len(classes):
             raise InputError(f"class_weights: {len(weights)} weights for {len(classes)} classes")
         self.class_weights = None if weights is None else torch.tensor(weights)
-        self.confusion = MulticlassConfusionMatrix(len(classes))
         self.rule_confusion = MulticlassConfusionMatrix(2)
-        # Lowest and highest x, y, z and remission seen: the checkpoint says what sensor it knows.
-        self.register_buffer("seen", torch.tensor([[np.inf], [-np.inf]]).repeat(1, 4))
+
+    @property
+    def model(self) -> Student:
+        return self.student
 
     def _build_distillation(self):
         distill = self.config.distill
@@ -242,58 +314,40 @@ class Training(L.LightningModule):
         seed, epoch, augment = self.config.seed, self.current_epoch, self.config.augment
         if len(batch.points) < 2:
             raise InputError(f"scan {batch.scans[0]}: one point is too few for a batch of its own")
-        torch.manual_seed(step_seed(seed, epoch, batch_index, self.global_rank))
+        self.begin_step(batch, batch_index)
         transforms = [
             draw_transform(seed, epoch, scan, augment.rotate, augment.flip, augment.translation) for scan in batch.scans
         ]
         points = apply_transforms(batch.points, batch.offsets, np.stack(transforms))
-        low, high = batch.points.aminmax(dim=0)
-        self.seen[0].clamp_(max=low)
-        self.seen[1].clamp_(min=high)
-
-        terms = self.losses(self.student(points, batch.offsets, batch.residual), batch)
-        loss = torch.stack(list(terms.values())).sum()
-        if not loss.isfinite():
-            state = self.config.output / STATE
-            before = f"an earlier state is in {state}; " if state.exists() else ""
-            values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
-            scans = ", ".join(map(str, batch.scans))
-            raise InputError(
-                f"the loss is not finite in epoch {epoch + 1}, batch {batch_index + 1} ({values}; scans {scans}); "
-                f"{before}lower optimizer.lr or look at these scans"
-            )
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.num_scans)
-        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=batch.num_scans)
-        return loss
+        return self.total(self.losses(self.student(points, batch.offsets, batch.residual), batch), batch, batch_index)
 
     def validation_step(self, batch: PackedBatch, batch_index: int) -> None:
         predicted = self.student(batch.points, batch.offsets, batch.residual).point_logits.argmax(1)
-        truth, moving = batch.labels.long(), self.student.moving
-        labelled = (truth != IGNORE) & (truth != self.ignore_index)
-        truth, predicted, rule = truth[labelled], predicted[labelled], moving_by_rule(batch.residual[labelled])
+        labelled = self.labelled(batch.labels)
+        truth, predicted = batch.labels[labelled].long(), predicted[labelled]
         self.confusion.update(predicted, truth)
-        self.rule_confusion.update(rule.long(), (truth == moving).long())
+        rule = moving_by_rule(batch.residual[labelled])
+        self.rule_confusion.update(rule.long(), (truth == self.student.moving).long())
 
     def on_validation_epoch_end(self) -> None:
-        confusion = self.confusion.compute().cpu().numpy()
+        super().on_validation_epoch_end()
         rule = self.rule_confusion.compute().cpu().numpy()
-        self.confusion.reset()
         self.rule_confusion.reset()
-        for name, value in zip(self.student.classes, metrics.iou(confusion)):
-            if name != "unlabeled":
-                self.log(f"val/iou_{name}", float(value))
-        self.log("val/moving_iou", float(metrics.iou(confusion)[self.student.moving]), prog_bar=True)
         self.log("val/rule_moving_iou", float(metrics.iou(rule)[1]))
+
+    def words(self, value: dict[str, float]) -> str:
+        motion = self.student.settings.motion
+        # The rule needs half of the published channels.
+        has_rule = motion.form == "published" and 2 * (motion.lookahead + 1) >= motion.num_channels
+        rule = f"training-free rule {value['val/rule_moving_iou']:.4f}, " if has_rule else ""
+        return f"{rule}look-ahead {motion.lookahead} scans"
 
     def configure_optimizers(self) -> dict:
         setting = self.config.optimizer
         optimizer = torch.optim.SGD(
             self.student.parameters(), setting.lr, setting.momentum, weight_decay=setting.weight_decay
         )
-        # Not the trainer's own estimate: that would set up the loader before its resumed state is known.
-        batches = len(self.trainer.datamodule.order(self.trainer.datamodule.train_set, shuffle=True))
-        steps = math.ceil(batches / self.config.accumulate)
-        factor = learning_rate_factor(steps, setting.warmup_epochs, setting.decay)
+        factor = learning_rate_factor(self.steps_per_epoch(), setting.warmup_epochs, setting.decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -317,9 +371,9 @@ def learning_rate_factor(steps_per_epoch: int, warmup_epochs: float, decay: floa
 
 
 class Keep(Callback):
-    """Writes the training state every so many steps and the students worth having, each atomically."""
+    """Writes the training state every so many steps and the models worth having, each atomically."""
 
-    def __init__(self, config: Config, about: dict) -> None:
+    def __init__(self, config: RunConfig, about: dict) -> None:
         self.config, self.about, self.best, self.interrupted = config, about, -1.0, False
 
     def state_dict(self) -> dict:
@@ -328,7 +382,7 @@ class Keep(Callback):
     def load_state_dict(self, state: dict) -> None:
         self.best = state["best"]
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: ModelTraining, outputs, batch, batch_idx: int) -> None:
         # Not between the batches of one optimizer step, whose gradients are in no state, and not after the last
         # batch: a run resumed there would skip the validation.
         step_done = (batch_idx + 1) % self.config.accumulate == 0
@@ -336,19 +390,19 @@ class Keep(Callback):
         if step_done and not last and trainer.global_step % self.config.save_every == 0:
             self._save_state(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: ModelTraining) -> None:
         value = trainer.callback_metrics["val/moving_iou"].item()
         if np.isnan(value):
-            warnings.warn("the validation scans have no moving point: no student can be the best", stacklevel=2)
+            warnings.warn("the validation scans have no moving point: no model can be the best", stacklevel=2)
         if value > self.best:
             self.best = value
-            self._save_student(trainer, module, BEST)
+            self._save_model(trainer, module, BEST)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: Training) -> None:
-        self._save_student(trainer, module, LAST)
+    def on_train_epoch_end(self, trainer: L.Trainer, module: ModelTraining) -> None:
+        self._save_model(trainer, module, LAST)
         self._save_state(trainer)
 
-    def on_exception(self, trainer: L.Trainer, module: Training, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, module: ModelTraining, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             self.interrupted, state = True, self.config.output / STATE
             print(f"--resume goes on from {state}" if state.exists() else f"{state} was not written yet")
@@ -366,7 +420,7 @@ class Keep(Callback):
             temporary.unlink(missing_ok=True)
             raise InputError(f"{target}: cannot be written: {error}; the older state stays") from error
 
-    def _save_student(self, trainer: L.Trainer, module: Training, name: str) -> None:
+    def _save_model(self, trainer: L.Trainer, module: ModelTraining, name: str) -> None:
         values = {k.removeprefix("val/"): v.item() for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
         seen = module.all_gather(module.seen).view(-1, 2, 4)  # of all processes
         low, high = seen[:, 0].amin(0).tolist(), seen[:, 1].amax(0).tolist()
@@ -374,7 +428,7 @@ class Keep(Callback):
             return
         save_model(
             self.config.output / name,
-            module.student,
+            module.model,
             **self.about,
             metrics={name: None if np.isnan(value) else value for name, value in values.items()},
             epoch=trainer.current_epoch + 1,
@@ -386,21 +440,17 @@ class Keep(Callback):
 class Report(Callback):
     """One printed line an epoch."""
 
-    def on_train_start(self, trainer: L.Trainer, module: Training) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ModelTraining) -> None:
         self.started = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: Training) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, module: ModelTraining) -> None:
         if trainer.is_global_zero:
             value = {name: tensor.item() for name, tensor in trainer.callback_metrics.items()}
-            motion = module.student.settings.motion
-            # The rule needs half of the published channels.
-            has_rule = motion.form == "published" and 2 * (motion.lookahead + 1) >= motion.num_channels
-            rule = f"training-free rule {value['val/rule_moving_iou']:.4f}, " if has_rule else ""
             print(
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
                 f"loss {value.get('train/loss_epoch', float('nan')):.4f}  "
                 f"moving IoU {value['val/moving_iou']:.4f}  "
-                f"({rule}look-ahead {motion.lookahead} scans)  "
+                f"({module.words(value)})  "
                 f"{time.perf_counter() - self.started:.0f} s",
                 flush=True,
             )
@@ -431,13 +481,21 @@ def _commit() -> str | None:
 # --- the run
 
 
-def fit(config: Config, resume: bool = False) -> Training:
+def _module(config: Config | TeacherConfig) -> ModelTraining:
+    if isinstance(config, Config):
+        return Training(config)
+    from kdmos.train_teacher import TeacherTraining  # here, because it is built upon this module
+
+    return TeacherTraining(config)
+
+
+def fit(config: Config | TeacherConfig, resume: bool = False) -> ModelTraining:
     """Train as the config says; everything is written to `config.output`.
 
     Args:
         config: The run.
         resume: Go on from the state in `config.output`.
-    Returns: the trained module; its student is `.student`.
+    Returns: the trained module; what it trained is `.model`.
     Raises: InputError for data or settings that cannot be used, or a loss that is not finite.
     """
     output, state = config.output, config.output / STATE
@@ -449,7 +507,7 @@ def fit(config: Config, resume: bool = False) -> Training:
     if not state.exists():
         data.scan_list.unlink(missing_ok=True)  # of a run that never came to its first save
     # The state of a resumed run has its weights; where they once began may be gone.
-    module = Training(config.model_copy(update={"init": None}) if resume else config)
+    module = _module(config.model_copy(update={"init": None}) if resume else config)
     resolved = output / "config.yaml"
     if state.exists() and resolved.exists():
         _check_same(load_config(resolved), config, resolved)
@@ -462,8 +520,9 @@ def fit(config: Config, resume: bool = False) -> Training:
         "init": config.init and str(config.init),
         "training_data": [sequence.name for sequence in data.train_sequences],
         "validation_data": [sequence.name for sequence in data.valid_sequences],
-        "distill": config.distill and config.distill.model_dump(mode="json"),
     }
+    if isinstance(config, Config):
+        about["distill"] = config.distill and config.distill.model_dump(mode="json")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*smaller than the logging interval.*")
     # The confusion tables are summed over processes already; the training loss is shown for the first process.
@@ -497,14 +556,19 @@ def fit(config: Config, resume: bool = False) -> Training:
             raise KeyboardInterrupt from None
         raise
     if trainer.is_global_zero:
-        kept = {BEST: "the student with the highest moving IoU", LAST: "the last one"}
+        what = "student" if isinstance(config, Config) else "teacher"
+        kept = {BEST: f"the {what} with the highest moving IoU", LAST: "the last one"}
         print("\n".join(f"{output / name}: {what}" for name, what in kept.items() if (output / name).exists()))
     return module
 
 
-def _check_same(before: Config, now: Config, path: Path) -> None:
+def _check_same(before: RunConfig, now: RunConfig, path: Path) -> None:
     """A resumed run must be the same run; what does not change its weights may differ."""
-    free = {"epochs", "save_every", "output"}
+    if type(before) is not type(now):
+        raise InputError(f"{path}: the run to resume trained another kind of model; use its settings or a new output=")
+    free = {"save_every", "output"}
+    if isinstance(now, Config):
+        free.add("epochs")  # a teacher's learning rate depends on where the run ends
     old, new = (c.model_dump(mode="json", exclude=free) for c in (before, now))
     for settings in (old, new):
         settings["data"].pop("workers")
@@ -524,9 +588,9 @@ def train(
     config: Annotated[str | None, typer.Option(help="YAML file, or the name of one of the project's configs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output=.")] = False,
 ) -> None:
-    """Train or distil a student.
+    """Train or distil a student; or train a teacher, if the config has a key teacher (--config teacher_demo).
 
-    Writes to output=: config.yaml (all settings), best.safetensors (by moving IoU) and last.safetensors (students
+    Writes to output=: config.yaml (all settings), best.safetensors (by moving IoU) and last.safetensors (models
     to predict with), state.ckpt (to resume from), tensorboard/.
     """
     fit(load_config(config, overrides or []), resume)

@@ -25,13 +25,41 @@ def draw_transform(
         translation: Standard deviation per axis, metres, added last.
     Returns: float64 [3, 4], applied to column vectors.
     """
-    rng = np.random.default_rng([seed, epoch, zlib.crc32(scan.sequence.encode()), scan.frame])
+    rng = _random(seed, epoch, scan)
     # All numbers are drawn, wanted or not: switching one kind off leaves the others as they were.
     angle, mirror, shift = rng.uniform(0, 2 * math.pi), rng.integers(0, 2, size=2), rng.normal(size=3)
-    angle = angle if rotate else 0.0
+    matrix = _turned(angle if rotate else 0.0, mirror if flip else np.zeros(2, int))
+    return np.column_stack([matrix, translation * shift])
+
+
+def draw_window_transform(
+    seed: int, epoch: int, scan: ScanId, rotate: float = 0.5, scale: tuple[float, float] = (0.9, 1.1), flip: bool = True
+) -> np.ndarray:
+    """A random turned, scaled or mirrored copy of a window of scans, as `draw_transform`.
+
+    Args:
+        seed, epoch, scan: What the randomness is a function of.
+        rotate: Probability of a yaw, uniform over the full turn.
+        scale: Lowest and highest factor, uniform between.
+        flip: Mirror x and y, each with probability 1/2, after the rotation.
+    Returns: float64 [3, 4], applied to column vectors.
+    Source: the augmentation of MambaMOS (ACM MM 2024).
+    """
+    rng = _random(seed, epoch, scan)
+    turned, angle = rng.uniform() < rotate, rng.uniform(-math.pi, math.pi)
+    factor, mirror = rng.uniform(*scale), rng.integers(0, 2, size=2)
+    matrix = factor * _turned(angle if turned else 0.0, mirror if flip else np.zeros(2, int))
+    return np.column_stack([matrix, np.zeros(3)])
+
+
+def _random(seed: int, epoch: int, scan: ScanId) -> np.random.Generator:
+    return np.random.default_rng([seed, epoch, zlib.crc32(scan.sequence.encode()), scan.frame])
+
+
+def _turned(angle: float, mirror: np.ndarray) -> np.ndarray:
+    """[3, 3]: a yaw, then x and y mirrored where asked for."""
     rotation = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
-    signs = np.append(1 - 2 * mirror, 1) if flip else np.ones(3)
-    return np.column_stack([signs[:, None] * rotation, translation * shift])
+    return np.append(1 - 2 * mirror, 1)[:, None] * rotation
 
 
 def apply_transforms(points: Tensor, offsets: Tensor, transforms: np.ndarray) -> Tensor:

@@ -24,12 +24,14 @@ class ScanId(NamedTuple):
 class PackedBatch:
     """B scans with N points in all.
 
-    points: float32 [N, 4] = x, y, z (metres, LiDAR frame), remission (0..1).
+    points: float32 [N, 4] = x, y, z (metres, LiDAR frame), remission (0..1). Of windows of several scans, in the newest
+        one's frame, whose points come first.
     offsets: int64 [B + 1]; scan b owns rows offsets[b]:offsets[b + 1].
     scans: identity of each scan.
     residual: float32 [N, K] motion channels, if known.
     labels: uint8 [N] classes of the model, 255 where the model has no class for the point, if known.
     teacher_logits: float16 or float32 [N, C], if known.
+    age: uint8 [N], scans since each point's own, of windows of several scans.
     """
 
     points: Tensor
@@ -38,6 +40,7 @@ class PackedBatch:
     residual: Tensor | None = None
     labels: Tensor | None = None
     teacher_logits: Tensor | None = None
+    age: Tensor | None = None
 
     def _map(self, change) -> PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -63,7 +66,7 @@ def pack(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
 def collate(samples: list[dict]) -> PackedBatch:
     """Pack what `MosDataset` yields, dicts with `scan` and numpy arrays named like the batch's fields."""
     columns = {}
-    for name in ("points", "residual", "labels", "teacher_logits"):
+    for name in ("points", "residual", "labels", "teacher_logits", "age"):
         if name in samples[0]:
             columns[name] = torch.from_numpy(np.concatenate([sample[name] for sample in samples]))
     lengths = [0] + [len(sample["points"]) for sample in samples]

@@ -7,11 +7,13 @@ import traceback
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from kdmos.data.batch import collate
 from kdmos.data.labels import to_classes
 from kdmos.data.motion_cache import MotionCache
+from kdmos.data.multi_scan import gather_window
 from kdmos.data.semantic_kitti import Sequence
 from kdmos.data.teacher_logits import TeacherLogits
 from kdmos.errors import InputError
@@ -58,6 +60,44 @@ class MosDataset(Dataset):
         if not finite.all():
             sample = {name: column[finite] for name, column in sample.items()}
         return {"scan": scan, **sample}
+
+
+class WindowDataset(Dataset):
+    """Labelled scans of some sequences, each with those before it: what a teacher learns from.
+
+    Args:
+        scans: (sequence, frame) of each item.
+        classes: Class names of the model.
+        num_scans: Scans of a window.
+    Items: dict of `scan`, and numpy `points` float32 [n, 4] in the newest scan's frame, its own first, `age` uint8 [n]
+        and `labels` uint8 [n]; non-finite points are left out.
+    Raises: InputError naming the file that cannot be used.
+    """
+
+    def __init__(self, scans: list[tuple[Sequence, int]], classes: tuple[str, ...], num_scans: int) -> None:
+        self.scans, self.classes, self.num_scans = scans, classes, num_scans
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, index: int) -> dict:
+        sequence, frame = self.scans[index]
+        place = sequence.frames.index(frame)
+        first = max(0, place + 1 - self.num_scans)
+        scans, labels = [], []
+        for other in sequence.frames[first : place + 1]:
+            points = sequence.read_points(other)
+            raw = sequence.read_labels(other, len(points))
+            finite = np.isfinite(points).all(1)
+            scans.append(torch.from_numpy(points[finite]))
+            labels.append(to_classes(raw, self.classes, sequence.labels_path(other))[finite])
+        window = gather_window(scans, torch.from_numpy(sequence.poses()[first : place + 1]), self.num_scans)
+        return {
+            "scan": sequence.scan(frame),
+            "points": window.points.float().numpy(),
+            "age": window.age.to(torch.uint8).numpy(),
+            "labels": np.concatenate([labels[max(0, len(labels) - 1 - age)] for age in range(self.num_scans)]),
+        }
 
 
 class EpochOrder:
@@ -107,7 +147,9 @@ class ResumableLoader(DataLoader):
     Its state is the epoch and how many batches were handed out; the order itself follows from (seed, epoch).
     """
 
-    def __init__(self, dataset: MosDataset, order: EpochOrder, workers: int, pin_memory: bool = False) -> None:
+    def __init__(
+        self, dataset: MosDataset | WindowDataset, order: EpochOrder, workers: int, pin_memory: bool = False
+    ) -> None:
         super().__init__(
             dataset,
             batch_sampler=order,

@@ -119,8 +119,14 @@ def representatives(window: Window, voxels: Voxels, turn: int = 0, generator: to
     return voxels.order[first + turn % torch.where(newest > 0, newest, sizes)]
 
 
-def voxel_batch(samples: list[tuple[Window, Voxels, Tensor]]) -> VoxelBatch:
-    """Pack samples: windows, their voxels, and the point that stands for each voxel."""
-    features = [torch.cat([w.points[r], w.age[r, None]], 1).float() for w, _, r in samples]
+def nearest_share(xyz: Tensor, centre: Tensor, share: float) -> Tensor:
+    """Rows of the share of the points that lies nearest to a point, ascending; at least one. [N, 3], [3] -> int64."""
+    count = max(1, int(share * len(xyz)))
+    return (xyz - centre).square().sum(1).topk(count, largest=False).indices.sort().values
+
+
+def voxel_batch(samples: list[tuple[Window, Tensor, Tensor]]) -> VoxelBatch:
+    """Pack samples: a window, voxels of it [V, 3], and the point that stands for each of them [V]."""
+    features = [torch.cat([window.points[r], window.age[r, None]], 1).float() for window, _, r in samples]
     packed, offsets = pack(features)
-    return VoxelBatch(torch.cat([voxels.grid for _, voxels, _ in samples]), packed, offsets)
+    return VoxelBatch(torch.cat([grid for _, grid, _ in samples]), packed, offsets)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdmos import ops
-from kdmos.data.multi_scan import VoxelBatch, find_voxels, gather_window, representatives, voxel_batch
+from kdmos.data.multi_scan import VoxelBatch, Window, find_voxels, gather_window, representatives, voxel_batch
 from kdmos.ops import Neighbours
 from kdmos.settings import TeacherSettings
 
@@ -422,11 +422,14 @@ class Teacher(nn.Module):
             poses: float64 [len(scans), 4, 4], world from LiDAR.
         Raises: ValueError if the newest scan is empty or points are too far apart.
         """
-        if len(scans[-1]) == 0:
+        return self.window_logits(gather_window(scans, poses, self.settings.num_scans))
+
+    def window_logits(self, window: Window) -> Tensor:
+        """Logits of the points of a window's newest scan, float32 [n, classes]; raises as `point_logits`."""
+        newest, voting = int((window.age == 0).sum()), self.voting
+        if newest == 0:
             raise ValueError("teacher: the newest scan has no point")
-        window = gather_window(scans, poses, self.settings.num_scans)
         voxels = find_voxels(window, self.settings.voxel)
-        newest, voting = len(scans[-1]), self.voting
         of_voxel = 0.0
         of_point = torch.zeros(newest, len(self.classes), device=window.points.device)
         turns = torch.zeros(newest, dtype=torch.int64, device=window.points.device)
@@ -434,7 +437,7 @@ class Teacher(nn.Module):
         for turn in range(voting.turns):
             points = representatives(window, voxels, turn, generator)
             with torch.autocast(points.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self(voxel_batch([(window, voxels, points)])).float()
+                logits = self(voxel_batch([(window, voxels.grid, points)])).float()
             of_voxel = of_voxel + logits
             current = points < newest  # the newest scan's points come first
             of_point.index_add_(0, points[current], logits[current])
