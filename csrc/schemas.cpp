@@ -32,6 +32,13 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
       "wdcd_loss(Tensor student, Tensor teacher, Tensor labels, Tensor tables, Tensor? offsets, float temperature, "
       "int normaliser, float floor, bool with_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("add_rows(Tensor(a!) to, Tensor index, Tensor rows) -> ()");
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor skip, Tensor? gate, "
+      "Tensor delta_bias, Tensor offsets, bool with_states) -> (Tensor y, Tensor states)");
+  m.def(
+      "selective_scan_backward(Tensor gradient, Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor skip, "
+      "Tensor? gate, Tensor delta_bias, Tensor offsets, Tensor states) -> (Tensor u, Tensor delta, Tensor a, Tensor b, "
+      "Tensor c, Tensor skip, Tensor gate, Tensor delta_bias)");
   m.def("wrap_around(Tensor[] parts, int halo) -> Tensor");
   m.def("wrap_around_backward(Tensor gradient, int[] shapes, int halo) -> Tensor[]");
 }

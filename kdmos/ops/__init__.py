@@ -5,6 +5,7 @@ from kdmos.ops.height_residual import height_residual, height_residual_sequence
 from kdmos.ops.native import backend
 from kdmos.ops.polar_grid import GriddedPoints, PointOrder, polar_grid
 from kdmos.ops.polar_scatter import cells_to_bev, linear_max, polar_scatter, polar_scatter_bev
+from kdmos.ops.selective_scan import selective_scan
 from kdmos.ops.serialization import CURVES, curve_code
 from kdmos.ops.submanifold_conv import Neighbours, find_neighbours, submanifold_conv
 from kdmos.ops.voxel_head import voxel_head
@@ -28,6 +29,7 @@ __all__ = [
     "polar_grid",
     "polar_scatter",
     "polar_scatter_bev",
+    "selective_scan",
     "submanifold_conv",
     "voxel_head",
     "voxel_label",

@@ -281,3 +281,27 @@ def wdcd_loss(
     tckd_point = (teacher_b.exp() * (teacher_b - student_b)).sum(1)
     nckd_point = (q * (teacher_q - student_q)).sum(1)
     return (share_t * tckd_point + share_n * nckd_point).sum()
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    gate: Tensor | None,
+    delta_bias: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    dt = F.softplus(delta + delta_bias)
+    decay = torch.exp(dt[:, :, None] * a)  # [N, D, S]
+    push = (dt * u)[:, :, None] * b[:, None]
+    points, y = list(zip(decay.unbind(), push.unbind(), c.unbind())), []
+    for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
+        state = torch.zeros_like(a)
+        for decay_t, push_t, c_t in points[first:last]:
+            state = decay_t * state + push_t
+            y.append(state @ c_t)
+    y = torch.stack(y) + skip * u if y else skip * u
+    return y if gate is None else y * F.silu(gate)

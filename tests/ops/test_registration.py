@@ -43,6 +43,8 @@ def samples():
     voxels = torch.tensor([3, 4, 40, 2559])
     labels = torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     scans = [cloud(20, seed)[:, :3].contiguous() for seed in range(4)]
+    scan = [random(*size, grad=True) for size in ((70, 5), (70, 5), (5, 3), (70, 3), (70, 3), (5,), (70, 5), (5,))]
+    scan[2] = (-scan[2].detach().exp()).requires_grad_()
     return {
         "polar_grid": (cloud(), torch.tensor([0, 120, 200]), *grid),
         "sort_by_cell": (cell, 7),
@@ -53,6 +55,13 @@ def samples():
         "cells_to_bev": (random(7, 5, grad=True), torch.arange(7) * 2, 20),
         "height_residual": (scans, eye.repeat(4, 1, 1), *LIMITS, [2, 4, 0, 2], [0, 4]),
         "height_residual_sequence": (scans, eye.repeat(3, 2, 1, 1), *LIMITS),
+        "selective_scan": (*scan, torch.tensor([0, 20, 70]), True),
+        "selective_scan_backward": (
+            random(70, 5, seed=1),
+            *(t.detach() for t in scan),
+            torch.tensor([0, 20, 70]),
+            random(2, 3, 5, seed=2),
+        ),
         "dysample": (image(2, 8, 3, 5, grad=True), image(2, 32, 3, 5, seed=1, grad=True), 2, 4, False),
         "dysample_backward": (image(2, 8, 6, 10), image(2, 8, 3, 5), image(2, 32, 3, 5, seed=1), 2, 4, False),
         "voxel_head": (image(1, 6, 16, 20, grad=True), voxels, random(24, 6, grad=True), random(24, grad=True), 8),
