@@ -18,7 +18,7 @@ demo: setup
 # student test on both devices, then the benchmarks, whose rows are appended to benchmarks/results.
 GPU_PACK ?= gpu_pack
 GPU_TESTS = tests/ops tests/models/test_student.py tests/models/test_fast.py tests/models/test_student_on_gpu.py
-GPU_BENCHMARKS = polar_grid polar_scatter dysample wdcd_loss height_residual student training_step
+GPU_BENCHMARKS = polar_grid polar_scatter dysample wdcd_loss selective_scan height_residual student training_step
 gpu:
 	KDMOS_CUDA=on $(PYTHON) setup.py -q build_ext --inplace
 	KDMOS_REQUIRE_SHARED=1 KDMOS_SHARED=$(GPU_PACK) $(PYTHON) -m pytest -q $(GPU_TESTS)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 UNLABELED, MOVING = 0, 3  # the four classes: unlabeled, static, movable, moving
 
@@ -504,6 +505,62 @@ def load_authors_weights(student: Student, path: str) -> None:
     weights = torch.load(path, map_location="cpu", weights_only=True)
     dead = ("motion_channel_attention", "motion_spatial_attention")
     student.load_state_dict({name: w for name, w in weights.items() if not any(d in name for d in dead)})
+
+
+# --- Selective scan (torch) -----------------------------------------------------------------------
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    gate: Tensor,
+    delta_bias: Tensor,
+    length: int = 64,
+) -> Tensor:
+    """Mamba's recurrence (2023) on one sequence, in pieces of `length` chunks of `length` points.
+
+    Inside a piece all chunks take each step together, then the chunks' ends are chained. Every factor is at most 1,
+    so that strong decay does no harm. With gradient a piece is recomputed in the backward, or memory would not do.
+
+    Args:
+        u, delta, gate: [N, D].
+        a: [D, S], negative.
+        b, c: [N, S].
+        skip, delta_bias: [D].
+    Returns: [N, D].
+    """
+    dt = F.softplus(delta + delta_bias)
+    state, y = torch.zeros_like(a), []
+    for piece in zip(*(x.split(length * length) for x in (u, dt, b, c))):
+        if torch.is_grad_enabled():
+            out, state = checkpoint(scan_piece, *piece, a, state, length, use_reentrant=False)
+        else:
+            out, state = scan_piece(*piece, a, state, length)
+        y.append(out)
+    return (torch.cat(y) + skip * u) * F.silu(gate)
+
+
+def scan_piece(
+    u: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Output [n, D] of a piece, and the state [D, S] after it."""
+    n = len(u)  # steps of 0 at the end change nothing
+    u, dt, b, c = (F.pad(x, (0, 0, 0, -n % length)).unflatten(0, (-1, length)) for x in (u, dt, b, c))
+    decay = torch.exp(dt[..., None] * a).unbind(1)
+    push = ((dt * u)[..., None] * b[:, :, None]).unbind(1)
+    local = [push[0]]  # [chunks, D, S], as if every chunk began at 0
+    for t in range(1, length):
+        local.append(torch.addcmul(push[t], decay[t], local[-1]))
+    through = torch.exp(dt.cumsum(1)[..., None] * a)  # decay since the start of the chunk, [chunks, length, D, S]
+    start = [state]
+    for end, factor in zip(local[-1].unbind(), through[:, -1].unbind()):
+        start.append(torch.addcmul(end, factor, start[-1]))
+    states = torch.addcmul(torch.stack(local, 1), through, torch.stack(start[:-1])[:, None])
+    return (states @ c[..., None])[..., 0].flatten(0, 1)[:n], start[-1]
 
 
 # --- Losses and training step (torch) -------------------------------------------------------------

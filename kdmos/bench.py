@@ -16,7 +16,16 @@ from kdmos.command import listed, run
 from kdmos.errors import InputError
 from kdmos.inference import choose_device
 
-BENCHMARKS = ("height_residual", "polar_grid", "polar_scatter", "dysample", "wdcd_loss", "student", "training_step")
+BENCHMARKS = (
+    "height_residual",
+    "polar_grid",
+    "polar_scatter",
+    "dysample",
+    "wdcd_loss",
+    "selective_scan",
+    "student",
+    "training_step",
+)
 
 
 def benchmarks_package() -> str:

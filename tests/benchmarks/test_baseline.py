@@ -354,3 +354,28 @@ def test_make_batch_equals_the_authors(sequence, batch):
     assert made.keys() == batch.keys()
     for name, expected in batch.items():
         torch.testing.assert_close(made[name], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_points", [1, 4, 37, 64])
+def test_selective_scan_is_the_recurrence(num_points):
+    torch.manual_seed(0)
+    channels, states = 3, 2
+    u, delta, gate = torch.randn(3, num_points, channels, dtype=torch.float64)
+    b, c = torch.randn(2, num_points, states, dtype=torch.float64)
+    skip, bias = torch.randn(2, channels, dtype=torch.float64)
+    a = -torch.rand(channels, states, dtype=torch.float64) * 50
+    arguments = [x.requires_grad_() for x in (u, delta, a, b, c, skip, gate, bias)]
+    dt = torch.nn.functional.softplus(delta + bias)
+    state, expected = torch.zeros_like(a), []
+    for t in range(num_points):
+        state = torch.exp(dt[t, :, None] * a) * state + (dt[t] * u[t])[:, None] * b[t]
+        expected.append((state @ c[t] + skip * u[t]) * torch.nn.functional.silu(gate[t]))
+    expected = torch.stack(expected)
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, arguments, weight)
+    y = baseline.selective_scan(*arguments, length=4)  # pieces of 16 points
+    torch.testing.assert_close(y, expected)
+    for ours, theirs in zip(torch.autograd.grad(y, arguments, weight), wanted):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(baseline.selective_scan(*arguments, length=4), expected)
