@@ -84,11 +84,12 @@ class Voxels(NamedTuple):
 
 def find_voxels(window: Window, size: float) -> Voxels:
     """Voxels of `size` metres that hold points. Raises: ValueError if the points are too far apart for their codes."""
-    grid = torch.floor(window.points[:, :3] / size).long()
+    grid = torch.floor(window.points[:, :3] / size)
     grid = grid - grid.amin(0)
+    if (most := grid.max().item() + 1) > MOST_VOXELS:  # before the cast, which would wrap around
+        raise ValueError(f"points {most * size:g} m apart do not fit {MOST_VOXELS} voxels of {size:g} m")
+    grid = grid.long()
     extent = (grid.amax(0) + 1).tolist()
-    if max(extent) > MOST_VOXELS:
-        raise ValueError(f"points {max(extent) * size:g} m apart do not fit {MOST_VOXELS} voxels of {size:g} m")
     key = (grid[:, 0] * extent[1] + grid[:, 1]) * extent[2] + grid[:, 2]
     # the points come newest scan first: a stable sort keeps them so within a voxel
     sorted_key, order = key.sort(stable=True)
