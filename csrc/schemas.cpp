@@ -41,4 +41,13 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
       "Tensor c, Tensor skip, Tensor gate, Tensor delta_bias)");
   m.def("wrap_around(Tensor[] parts, int halo) -> Tensor");
   m.def("wrap_around_backward(Tensor gradient, int[] shapes, int halo) -> Tensor[]");
+  m.def(
+      "norm_activation(Tensor x, Tensor weight, Tensor bias, float eps, float slope) -> "
+      "(Tensor out, Tensor mean, Tensor variance)");
+  m.def(
+      "norm_activation_again(Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, float eps, "
+      "float slope) -> Tensor");
+  m.def(
+      "norm_activation_backward(Tensor gradient, Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, "
+      "float eps, float slope) -> (Tensor x, Tensor weight, Tensor bias)");
 }

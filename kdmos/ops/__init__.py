@@ -3,6 +3,7 @@
 from kdmos.ops.dysample import dysample
 from kdmos.ops.height_residual import height_residual, height_residual_sequence
 from kdmos.ops.native import backend
+from kdmos.ops.norm_activation import norm_activation, norm_activation_again, norm_activation_backward
 from kdmos.ops.polar_grid import GriddedPoints, PointOrder, polar_grid
 from kdmos.ops.polar_scatter import cells_to_bev, linear_max, polar_scatter, polar_scatter_bev
 from kdmos.ops.selective_scan import selective_scan
@@ -26,6 +27,9 @@ __all__ = [
     "height_residual",
     "height_residual_sequence",
     "linear_max",
+    "norm_activation",
+    "norm_activation_again",
+    "norm_activation_backward",
     "polar_grid",
     "polar_scatter",
     "polar_scatter_bev",

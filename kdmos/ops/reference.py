@@ -201,6 +201,61 @@ def wrap_around(parts: Sequence[Tensor], halo: int) -> Tensor:
     return WrapAround.apply(halo, *parts)
 
 
+def by_channel(x: Tensor, *values: Tensor) -> list[Tensor]:
+    """Values [C] against x [P, C] or [B, C, R, A]."""
+    return [value.view(1, -1, *[1] * (x.ndim - 2)) for value in values]
+
+
+def norm_activation_again(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float
+) -> Tensor:
+    normed = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+    return F.leaky_relu(normed, slope)
+
+
+class NormActivation(torch.autograd.Function):
+    """`norm_activation`; the activation's input is made again for the backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, ...]:
+        rows = x.transpose(0, 1).flatten(1).to(weight.dtype)  # [C, P]
+        mean = rows.sum(1) / max(1, rows.shape[1])
+        variance = (rows - mean[:, None]).square().sum(1) / max(1, rows.shape[1])
+        ctx.save_for_backward(x, mean, variance, weight, bias)
+        ctx.settings = eps, slope
+        ctx.mark_non_differentiable(mean, variance)
+        return norm_activation_again(x, mean, variance, weight, bias, eps, slope), mean, variance
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
+        return *norm_activation_backward(gradient, *ctx.saved_tensors, *ctx.settings), None, None
+
+
+def norm_activation(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, ...]:
+    return NormActivation.apply(x, weight, bias, eps, slope)
+
+
+def norm_activation_backward(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    num_rows = max(1, x.numel() // x.shape[1])
+    invstd = torch.rsqrt(variance + eps)
+    mean, invstd, weight, bias = by_channel(x, mean, invstd, weight, bias)
+    normed = (x - mean) * invstd
+    gradient = torch.where(normed * weight + bias > 0, gradient, gradient * slope).to(normed.dtype)
+    to_weight, to_bias = (gradient * normed).sum(over, keepdim=True), gradient.sum(over, keepdim=True)
+    to_x = weight * invstd * (gradient - (to_bias + normed * to_weight) / num_rows)
+    return to_x.to(x.dtype), to_weight.flatten(), to_bias.flatten()
+
+
 def dysample(x: Tensor, offset: Tensor, scale: int, groups: int, circular: bool) -> Tensor:
     batch, channels, height, width = x.shape
     # channels of offset: (xy, group, sub-row, sub-column); sub-pixels go to their place in the output

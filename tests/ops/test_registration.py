@@ -45,6 +45,7 @@ def samples():
     scans = [cloud(20, seed)[:, :3].contiguous() for seed in range(4)]
     scan = [random(*size, grad=True) for size in ((70, 5), (70, 5), (5, 3), (70, 3), (70, 3), (5,), (70, 5), (5,))]
     scan[2] = (-scan[2].detach().exp()).requires_grad_()
+    statistics = (random(5), random(5, seed=1).square(), random(5, seed=2), random(5, seed=3))
     return {
         "polar_grid": (cloud(), torch.tensor([0, 120, 200]), *grid),
         "sort_by_cell": (cell, 7),
@@ -70,6 +71,9 @@ def samples():
         "add_rows": (random(7, 5), cell[:20], random(20, 5)),
         "wrap_around": ([image(2, 3, 4, 5, grad=True), image(2, 2, 4, 5, seed=1, grad=True)], 1),
         "wrap_around_backward": (image(2, 5, 4, 7), [3, 4, 5, 2, 4, 5], 1),
+        "norm_activation": (rows, random(5, seed=1, grad=True), random(5, seed=2, grad=True), 1e-5, 0.01),
+        "norm_activation_again": (rows.detach(), *statistics, 1e-5, 0.01),
+        "norm_activation_backward": (random(50, 5, seed=3), rows.detach(), *statistics, 1e-5, 0.01),
     }, start
 
 
