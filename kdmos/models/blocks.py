@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdmos import ops
+from kdmos.models.normed import can_be_joined, normed_layers
 
 
 class CircularConv2d(nn.Conv2d):
@@ -37,6 +38,8 @@ class ConvBlock(nn.Sequential):
 
     def forward(self, *parts: Tensor) -> Tensor:
         """One input, or several that count as one."""
+        if all(can_be_joined(layer.norm) for layer in self):
+            return normed_layers(parts, [(layer.conv, layer.norm, layer.activation.negative_slope) for layer in self])
         for layer in self:
             parts = (layer.activation(layer.norm(layer.conv(*parts))),)
         return parts[0]

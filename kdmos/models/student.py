@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdmos import ops
 from kdmos.data.batch import pack
 from kdmos.models.blocks import CoAttention, ConvBlock, DropBlock2d, Dropout, DySample
+from kdmos.models.normed import can_be_joined, normed_layers
 from kdmos.motion import motion_channels
 from kdmos.ops import GriddedPoints
 from kdmos.settings import STUDENTS, StudentSettings
@@ -49,7 +50,12 @@ class PointMlp(nn.Module):
         self.out = nn.Linear(widths[-1], 256)
 
     def forward(self, features: Tensor, start: Tensor) -> Tensor:
-        return ops.linear_max(self.layers(self.norm(features)), self.out.weight, self.out.bias, start)
+        x = self.norm(features)
+        if all(can_be_joined(norm) for _, norm, _ in self.layers):
+            x = normed_layers([x], [(linear, norm, 0.0) for linear, norm, _ in self.layers])
+        else:
+            x = self.layers(x)
+        return ops.linear_max(x, self.out.weight, self.out.bias, start)
 
 
 class Encoder(nn.Module):
