@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 STRICT = {"extra": "forbid"}  # for pydantic, where a config holds one of these
 FORMS = ("published", "causal")  # of the motion channels
+CURVES = ("z", "z-trans", "hilbert", "hilbert-trans")  # through the teacher's voxels; "-trans": x and y change places
 STUDENTS = {"kdmos": "dysample", "motionbev": "transposed"}  # name -> how its decoder upsamples
 
 
@@ -184,7 +185,7 @@ class TeacherSettings:
     moving: int | None = None
     num_scans: int = 8
     voxel: float = 0.09
-    curves: tuple[str, ...] = ("z", "z-trans", "hilbert", "hilbert-trans")
+    curves: tuple[str, ...] = CURVES
     encoder_depths: tuple[int, ...] = (2, 2, 2, 6, 2)
     encoder_channels: tuple[int, ...] = (32, 64, 128, 256, 512)
     decoder_depths: tuple[int, ...] = (2, 2, 2, 2)
@@ -203,13 +204,15 @@ class TeacherSettings:
         _set_moving(self)
         stages = len(self.encoder_depths)
         lengths = [len(self.encoder_channels), len(self.decoder_depths) + 1, len(self.decoder_channels) + 1]
-        if stages < 1 or lengths != [stages] * 3:
+        if stages < 2 or lengths != [stages] * 3:
             raise ValueError(
-                "teacher: needs as many encoder_channels as encoder_depths and one less decoder_depths and "
+                "teacher: needs two encoder_depths or more, as many encoder_channels and one less decoder_depths and "
                 f"decoder_channels, got {stages}, {lengths[0]}, {lengths[1] - 1} and {lengths[2] - 1}"
             )
         if self.num_scans < 1 or self.voxel <= 0 or not self.curves or not 0 <= self.drop_path < 1:
             raise ValueError(f"teacher: num_scans, voxel and curves must be positive, drop_path in 0..1, got {self}")
+        if unknown := set(self.curves) - set(CURVES):
+            raise ValueError(f"teacher: curves must be among {CURVES}, got {', '.join(sorted(unknown))}")
 
     @property
     def history(self) -> int:

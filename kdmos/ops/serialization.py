@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-CURVES = ("z", "z-trans", "hilbert", "hilbert-trans")  # "-trans": x and y change places
+from kdmos.settings import CURVES
+
 MOST_BITS = 16  # per axis
 
 
