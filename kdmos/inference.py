@@ -100,7 +100,8 @@ def sequence_logits(
 ) -> Iterator[tuple[int, ScanLogits | InputError | None]]:
     """Logits of a model for the scans of a sequence, in frame order.
 
-    A scan that cannot be read yields its error and counts as empty in the windows of the others.
+    A scan that cannot be read yields its error and counts as empty in the windows of the others; one whose window
+    the model cannot use yields an error too.
 
     Args:
         model: In eval mode, on `device`.
@@ -119,7 +120,12 @@ def sequence_logits(
         frame, finite = waiting.popleft()
         if isinstance(finite, InputError):
             return frame, finite
-        return frame, None if frame in skip else ScanLogits(finite, logits().float())
+        if frame in skip:
+            return frame, None
+        try:
+            return frame, ScanLogits(finite, logits().float())
+        except InputError as error:
+            return frame, InputError(f"{sequence.points_path(frame)}: with the scans before it: {error}")
 
     wanted = [index for index, frame in enumerate(sequence.frames) if frame not in skip]
     # The answers depend on no scan outside start..stop: `history` before the first one, `lookahead` after the last.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdmos.data.batch import pack
+from kdmos.errors import InputError
 
 MOST_VOXELS = 1 << 16  # per axis, what the curves' codes have bits for
 
@@ -83,11 +84,11 @@ class Voxels(NamedTuple):
 
 
 def find_voxels(window: Window, size: float) -> Voxels:
-    """Voxels of `size` metres that hold points. Raises: ValueError if the points are too far apart for their codes."""
+    """Voxels of `size` metres that hold points. Raises: InputError if the points are too far apart for their codes."""
     grid = torch.floor(window.points[:, :3] / size)
     grid = grid - grid.amin(0)
     if (most := grid.max().item() + 1) > MOST_VOXELS:  # before the cast, which would wrap around
-        raise ValueError(f"points {most * size:g} m apart do not fit {MOST_VOXELS} voxels of {size:g} m")
+        raise InputError(f"points {most * size:g} m apart do not fit {MOST_VOXELS} voxels of {size:g} m")
     grid = grid.long()
     extent = (grid.amax(0) + 1).tolist()
     key = (grid[:, 0] * extent[1] + grid[:, 1]) * extent[2] + grid[:, 2]

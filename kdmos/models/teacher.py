@@ -420,7 +420,7 @@ class Teacher(nn.Module):
         Args:
             scans: float32 [n_i, 4], finite, oldest first; the newest `settings.num_scans` of them count.
             poses: float64 [len(scans), 4, 4], world from LiDAR.
-        Raises: ValueError if the newest scan is empty or points are too far apart.
+        Raises: ValueError if the newest scan is empty, InputError if points are too far apart.
         """
         return self.window_logits(gather_window(scans, poses, self.settings.num_scans))
 
