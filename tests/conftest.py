@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 TESTS = Path(__file__).parent
 SHARED = Path(os.environ.get("KDMOS_SHARED", TESTS.parents[1] / "shared"))
@@ -63,3 +64,12 @@ def write_sequence(golden):
 def cache_folder(tmp_path_factory, monkeypatch):
     """No test touches the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread: of many small steps, each would wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
