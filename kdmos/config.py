@@ -136,6 +136,7 @@ class TeacherConfig(RunConfig):
     """A run that trains a teacher: of a config with a key `teacher`."""
 
     teacher: TeacherSettings
+    backend: Literal["auto", "native", "spconv", "mamba"] = "auto"  # whose kernels; see `Teacher.use_backend`
     augment: WindowAugmentConfig = WindowAugmentConfig()
     optimizer: OneCycleConfig = OneCycleConfig()
     epochs: Count = 50

@@ -260,6 +260,7 @@ def teach(
     draw_points: Annotated[
         bool, typer.Option("--draw-points", help="MambaMOS: draw the points of any scan, as its authors do.")
     ] = False,
+    backend: Annotated[str, typer.Option(help="MambaMOS: auto, native, spconv or mamba.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> int:
@@ -285,8 +286,14 @@ def teach(
         voting = Voting(turns, sum_turns, draw_points)
         if isinstance(model, Teacher):
             model.voting = voting
-        elif voting != Voting():
-            raise InputError(f"--turns, --sum-turns, --draw-points: of MambaMOS, and {checkpoint} is a student")
+            try:
+                model.use_backend(backend)
+            except ValueError as error:
+                raise InputError(f"--{error}") from error
+        elif voting != Voting() or backend != "auto":
+            raise InputError(
+                f"--turns, --sum-turns, --draw-points, --backend: of MambaMOS, and {checkpoint} is a student"
+            )
         settings = teacher_settings(model, checkpoint)
     store = TeacherLogits(output, name or _model(model))
     if not verify:

@@ -39,6 +39,10 @@ class TeacherTraining(ModelTraining):
         super().__init__(config)
         torch.manual_seed(config.seed)
         self.teacher = Teacher(config.teacher)
+        try:
+            self.teacher.use_backend(config.backend)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if config.init is not None:
             self.teacher.load_state_dict(initial_weights(config.init, config.teacher))
 

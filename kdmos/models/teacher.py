@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdmos import ops
 from kdmos.data.multi_scan import VoxelBatch, Window, find_voxels, gather_window, representatives, voxel_batch
+from kdmos.models.backends import SpconvVoxels, check_backend, convolve, scan, uses
 from kdmos.ops import Neighbours
 from kdmos.settings import TeacherSettings
 
@@ -62,9 +63,9 @@ class Level:
             self._kept[key] = make()
         return self._kept[key]
 
-    @property
-    def neighbours(self) -> Neighbours:
-        return self._keep("neighbours", lambda: ops.find_neighbours(self.grid, self.sample))
+    def neighbours(self, backend: str) -> Neighbours | SpconvVoxels:
+        find = SpconvVoxels if uses("spconv", backend, self.grid.device) else ops.find_neighbours
+        return self._keep("neighbours", lambda: find(self.grid, self.sample))
 
     def along(self, curve: int) -> Sequences:
         """All scans of a sample as one sequence along a curve."""
@@ -117,8 +118,8 @@ class SubmanifoldConv3d(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, neighbours: Neighbours) -> Tensor:
-        return ops.submanifold_conv(x, self.weight, self.bias, neighbours)
+    def forward(self, x: Tensor, neighbours: Neighbours | SpconvVoxels) -> Tensor:
+        return convolve(x, self.weight, self.bias, neighbours)
 
 
 class DropPath(nn.Module):
@@ -148,7 +149,7 @@ class MotionAwareStateSpaceModel(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         inner, rank = EXPAND * channels, math.ceil(channels / 16)
-        self.inner, self.rank = inner, rank
+        self.inner, self.rank, self.backend = inner, rank, "auto"
         self.norm = nn.LayerNorm(channels)
         self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, KERNEL, groups=inner, padding=KERNEL // 2)
@@ -175,7 +176,8 @@ class MotionAwareStateSpaceModel(nn.Module):
         one_scan = F.silu(one_scan).index_select(0, alone.inverse)
         u = F.silu(all_scans.sigmoid() * one_scan + all_scans)
         step, b, c = self.x_proj(u).split([self.rank, STATE, STATE], dim=1)
-        y = ops.selective_scan(
+        y = scan(
+            self.backend,
             u,
             F.linear(step, self.dt_proj.weight),
             -self.A_log.float().exp(),
@@ -236,7 +238,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, level: Level, convolved: Tensor | None = None) -> Tensor:
         """[N, C] -> [N, C]; the convolution reads `convolved` in place of x, if it is given."""
         conv, linear, norm = self.cpe
-        x = x + norm(linear(conv(x if convolved is None else convolved, level.neighbours)))
+        x = x + norm(linear(conv(x if convolved is None else convolved, level.neighbours(self.attn["mamba"].backend))))
         along, alone = level.along(self.curve), level.scans_along(self.curve)
         x = x + self.drop_path(self.attn["mamba"](self.norm1(x), along, alone))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -401,6 +403,17 @@ class Teacher(nn.Module):
         self.voting = Voting()
         self.seg_head = nn.Linear(settings.decoder_channels[0], len(settings.classes))
         self.backbone = MambaMosBackbone(settings)
+
+    def use_backend(self, name: str) -> None:
+        """Choose whose kernels run: "auto" (on a GPU those of spconv and mamba-ssm where installed, else ours),
+        "native", "spconv" (its convolution, our scan) or "mamba" (its scan, our convolution).
+
+        Raises: ValueError for another name, or one that is not installed.
+        """
+        check_backend(name)
+        for module in self.modules():
+            if isinstance(module, MotionAwareStateSpaceModel):
+                module.backend = name
 
     @property
     def classes(self) -> tuple[str, ...]:

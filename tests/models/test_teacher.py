@@ -1,7 +1,11 @@
 """MambaMOS: the authors' outputs and gradients, their checkpoints and ours, and the logits of a scan's points."""
 
+import importlib.machinery
+import importlib.util
 import json
 import os
+import sys
+import types
 from dataclasses import asdict
 
 import numpy as np
@@ -743,3 +747,74 @@ def test_usual_class_lists(num_classes):
     teacher = build_teacher(num_classes=num_classes, **SMALL)
     assert (len(teacher.classes), teacher.classes[teacher.moving]) == (num_classes, "moving")
     assert (teacher.settings.lookahead, teacher.settings.history) == (0, 2)
+
+
+# --- other people's kernels
+
+
+def two_samples(seed=0):
+    """A batch of two samples with 300 voxels each, no voxel twice."""
+    generator = torch.Generator().manual_seed(seed)
+    grids = [torch.randperm(12**3, generator=generator)[:300].sort().values for _ in range(2)]
+    grid = torch.cat([torch.stack([g // 144, g // 12 % 12, g % 12], 1) for g in grids])
+    age = torch.randint(0, 3, (600, 1), generator=generator).float()
+    features = torch.cat([grid * 0.1, torch.rand(600, 1, generator=generator), age], 1)
+    return VoxelBatch(grid, features, torch.tensor([0, 300, 600]))
+
+
+def small_settings():
+    return TeacherSettings(
+        num_scans=3,
+        encoder_depths=(1, 1),
+        encoder_channels=(16, 16),
+        decoder_depths=(1,),
+        decoder_channels=(16,),
+    )
+
+
+@torch.no_grad()
+def test_spconv_gives_the_same_logits():
+    pytest.importorskip("spconv.pytorch")
+    torch.manual_seed(0)
+    teacher, batch = Teacher(small_settings()).eval(), two_samples()
+    ours = teacher(batch)
+    teacher.use_backend("spconv")
+    assert_close(teacher(batch), ours, atol=1e-5, rtol=1e-5)  # it sums the offsets in another order
+
+
+@torch.no_grad()
+def test_mamba_ssm_gets_its_own_layout(monkeypatch):
+    """Its package needs a GPU: here a stand-in with its signature, which recurs as it documents."""
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        delta = torch.nn.functional.softplus(delta + delta_bias[:, None])
+        state, out = torch.zeros(*u.shape[:2], A.shape[1]), []
+        for t in range(u.shape[2]):
+            state = (delta[:, :, t, None] * A).exp() * state + (delta * u)[:, :, t, None] * B[:, None, :, t]
+            out.append((state * C[:, None, :, t]).sum(2))
+        return (torch.stack(out, 2) + D[:, None] * u) * torch.nn.functional.silu(z)
+
+    calls = []
+    module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    module.selective_scan_fn = lambda *args, **more: calls.append(args[0].shape) or selective_scan_fn(*args, **more)
+    package = types.ModuleType("mamba_ssm")
+    package.__spec__ = importlib.machinery.ModuleSpec("mamba_ssm", None)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", package)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops", types.ModuleType("mamba_ssm.ops"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.manual_seed(0)
+    teacher, batch = Teacher(small_settings()).eval(), two_samples()
+    ours = teacher(batch)
+    assert not calls  # "auto" takes it on a GPU alone
+    teacher.use_backend("mamba")
+    assert_close(teacher(batch), ours, atol=1e-5, rtol=1e-5)  # float32 sums in another order
+    assert calls[:2] == [(1, 32, 300)] * 2
+
+
+def test_a_backend_that_is_not_there_is_refused():
+    teacher = Teacher(small_settings())
+    with pytest.raises(ValueError, match="backend must be one of"):
+        teacher.use_backend("cuda")
+    if importlib.util.find_spec("mamba_ssm") is None:
+        with pytest.raises(ValueError, match="backend mamba: mamba-ssm is not installed"):
+            teacher.use_backend("mamba")
