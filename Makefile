@@ -17,7 +17,8 @@ demo: setup
 # On a machine with a GPU and a CUDA build of torch, with the Python that is there: builds the kernels, runs every op and
 # student test on both devices, then the benchmarks, whose rows are appended to benchmarks/results.
 GPU_PACK ?= gpu_pack
-GPU_TESTS = tests/ops tests/models/test_student.py tests/models/test_fast.py tests/models/test_student_on_gpu.py
+GPU_TESTS = tests/ops tests/models/test_student.py tests/models/test_fast.py tests/models/test_student_on_gpu.py \
+    tests/models/test_normed.py tests/models/test_teacher_on_gpu.py
 GPU_BENCHMARKS = polar_grid polar_scatter dysample wdcd_loss selective_scan height_residual student training_step
 gpu:
 	KDMOS_CUDA=on $(PYTHON) setup.py -q build_ext --inplace
@@ -30,7 +31,7 @@ SHARED ?= ../shared
 gpu-pack:
 	rm -rf $(GPU_PACK)
 	mkdir -p $(GPU_PACK)/goldens $(GPU_PACK)/realdata/kitti-raw-0005-a/velodyne $(GPU_PACK)/realdata/kitti-raw-0005-a/labels
-	cp $(SHARED)/goldens/*student* $(SHARED)/goldens/a3_* $(GPU_PACK)/goldens
+	cp $(SHARED)/goldens/*student* $(SHARED)/goldens/a3_* $(SHARED)/goldens/a7_* $(GPU_PACK)/goldens
 	for name in poses.txt calib.txt velodyne/00000[0-7].bin labels/00000[0-7].label; do \
 	    cp $(SHARED)/realdata/kitti-raw-0005-a/$$name $(GPU_PACK)/realdata/kitti-raw-0005-a/$$(dirname $$name); done
 	du -sh $(GPU_PACK)
