@@ -16,6 +16,13 @@ inline void check_ascending(const char* what, const int64_t* index, int64_t coun
   STD_TORCH_CHECK(good, what, " must ascend within 0 and ", size);
 }
 
+// How many come before the padding, all of which is `size`; throws unless those ascend below it.
+inline int64_t check_padded(const char* what, const int64_t* index, int64_t count, int64_t size) {
+  while (count > 0 && index[count - 1] == size) --count;
+  check_ascending(what, index, count, size);
+  return count;
+}
+
 inline int64_t num_threads() { return int64_t(torch::stable::get_num_threads()); }
 
 // Scratch memory without the zeroing of std::vector.

@@ -2,9 +2,11 @@
 //
 // Least work: 16 bytes in and 84 out a point. The heights that have points are bits of one word a place: where a
 // voxel stands among all is a count of bits, and the counting sort has a counter a voxel, not one a place.
+#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "../geometry.h"
@@ -35,7 +37,7 @@ void write_rows(int size, const float* __restrict__ dr, const float* __restrict_
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar_grid(
     const Tensor& points, const Tensor& offsets, const std::vector<double>& lower, const std::vector<double>& upper,
-    const std::vector<double>& interval, const std::vector<int64_t>& bins) {
+    const std::vector<double>& interval, const std::vector<int64_t>& bins, bool fixed_size) {
   STD_TORCH_CHECK(points.dim() == 2 && points.size(1) == 4 && points.is_contiguous(), "polar_grid: points [N, 4]");
   const int64_t N = points.size(0), B = offsets.size(0) - 1;
   const int64_t R = bins[0], A = bins[1], Z = bins[2];
@@ -44,7 +46,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
       height{lower[2], upper[2], interval[2]};
   const float* xyzr = data<float>(points);
   const int64_t* start = data<int64_t>(offsets);
-  STD_TORCH_CHECK(start[0] == 0 && start[B] == N, "polar_grid: offsets must run from 0 to the number of points");
+  const int64_t num_points = start[B];  // the rows from there on are padding
+  STD_TORCH_CHECK(start[0] == 0 && (num_points == N || (fixed_size && num_points < N)),
+                  "polar_grid: offsets must run from 0 to the number of points");
   check_ascending("polar_grid: offsets", start, B + 1, N + 1);
 
   Tensor features = empty_as(points, {N, 9}, ScalarType::Float);
@@ -129,8 +133,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     first_cell[task + 1] += first_cell[task], first_voxel[task + 1] += first_voxel[task];
   }
   const int64_t M = first_cell[B * workers], V = first_voxel[B * workers];
-  Tensor cells = empty_as(points, {M}, ScalarType::Long), cell_start = empty_as(points, {M + 1}, ScalarType::Long);
-  Tensor voxels = empty_as(points, {V}, ScalarType::Long), voxel_start = empty_as(points, {V + 1}, ScalarType::Long);
+  const int64_t num_cells = fixed_size ? N : M, num_voxels = fixed_size ? N : V;  // with the padding
+  Tensor cells = empty_as(points, {num_cells}, ScalarType::Long);
+  Tensor cell_start = empty_as(points, {num_cells + 1}, ScalarType::Long);
+  Tensor voxels = empty_as(points, {num_voxels}, ScalarType::Long);
+  Tensor voxel_start = empty_as(points, {num_voxels + 1}, ScalarType::Long);
   int64_t *cell_id = mutable_data<int64_t>(cells), *cell_first = mutable_data<int64_t>(cell_start);
   int64_t *voxel_id = mutable_data<int64_t>(voxels), *voxel_first = mutable_data<int64_t>(voxel_start);
 
@@ -175,9 +182,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     voxel_first[v] = sum;
     for (int64_t worker = 0; worker < workers; ++worker) sum += std::exchange(next[worker * V + v], sum);
   }
-  voxel_first[V] = N;
   for (int64_t m = 0; m < M; ++m) cell_first[m] = voxel_first[cell_voxel[m]];
-  cell_first[M] = N;
+  std::fill(voxel_first + V, voxel_first + num_voxels + 1, num_points);
+  std::fill(cell_first + M, cell_first + num_cells + 1, num_points);
 
   // 6) the points sorted by voxel, those of a voxel in their order
   for_workers([&](int64_t, int64_t b, int64_t worker) {
@@ -185,6 +192,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     const int64_t last = points_of(b, worker + 1);
     for (int64_t i = points_of(b, worker); i < last; ++i) sorted[to[point_voxel[i]]++] = i;
   });
+
+  // 7) the padding: cells and voxels outside the grid, and the points of none
+  std::fill(cell_id + M, cell_id + num_cells, B * places);
+  std::fill(voxel_id + V, voxel_id + num_voxels, B * places * Z);
+  std::fill(feature + 9 * num_points, feature + 9 * N, 0.0f);
+  std::fill(point_cell + num_points, point_cell + N, N);
+  std::fill(point_voxel + num_points, point_voxel + N, N - 1);
+  std::iota(sorted + num_points, sorted + N, num_points);
   return {features, cell_rank, cells, cell_start, voxel_rank, voxels, voxel_start, order};
 }
 

@@ -120,10 +120,11 @@ Tensor polar_scatter_backward(const Tensor& gradient, const Tensor& argmax, cons
   return points;
 }
 
-// Zeroes [num_places, C] but for the rows of `cells`, which fill(m, row) writes: each row is touched once.
+// Zeroes [num_places, C] but for the rows of `cells`, which fill(m, row) writes: each row is touched once. The cells
+// may end in padding, which is num_places.
 template <class T, class Fill>
 void fill_dense(T* out, int64_t num_places, int64_t C, const int64_t* cells, int64_t M, const Fill& fill) {
-  check_ascending("polar_scatter: cells", cells, M, num_places);
+  M = check_padded("polar_scatter: cells", cells, M, num_places);
   torch::stable::parallel_for(0, num_places, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, C)), [&](int64_t begin, int64_t end) {
     int64_t m = std::lower_bound(cells, cells + M, begin) - cells, place = begin;
     for (; m < M && cells[m] < end; ++m) {

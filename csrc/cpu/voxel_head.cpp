@@ -37,14 +37,15 @@ Tensor voxel_head(const Tensor& features, const Tensor& voxels, const Tensor& we
   const Shape n = shape_of(features, voxels, weight, heights);
   Tensor logits = empty_as(features, {n.V, n.C}, weight.scalar_type());
   const int64_t* voxel = data<int64_t>(voxels);
-  check_ascending("voxel_head: voxels", voxel, n.V, n.places * n.Z);
+  const int64_t V = check_padded("voxel_head: voxels", voxel, n.V, n.places * n.Z);
   for_floating("voxel_head", features.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using F = wide_t<T>;
     const T* feature = nhwc_data<T>(features);
     const F *w = data<F>(weight), *shift = data<F>(bias);
     F* out = mutable_data<F>(logits);
-    torch::stable::parallel_for(0, n.V, kGrain, [&](int64_t begin, int64_t end) {
+    std::fill(out + V * n.C, out + n.V * n.C, F(0));  // of padding
+    torch::stable::parallel_for(0, V, kGrain, [&](int64_t begin, int64_t end) {
       std::vector<F> row(n.D);
       int64_t before = -1;
       for (int64_t v = begin; v < end; ++v) {

@@ -86,9 +86,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     ends[0] = start[0];
     ends[1] = start[B];
   }
+  const int64_t num_points = start[B];  // the rows from there on are padding
   for (int64_t first = int64_t(blockIdx.x) * kThreads; first < N; first += int64_t(gridDim.x) * kThreads) {
     const int64_t i = first + threadIdx.x;
-    if (i < N) {
+    if (i < N && i >= num_points) {
+#pragma unroll
+      for (int k = 0; k < kFeatures; ++k) tile[threadIdx.x * kFeatures + k] = 0.0f;
+      key[i] = Key(B * grid.rho.bins * grid.phi.bins * grid.height.bins);  // above all voxels
+      point[i] = int32_t(i);
+    } else if (i < N) {
       const float4 p = aligned ? reinterpret_cast<const float4*>(xyzr)[i]
                                : make_float4(xyzr[4 * i], xyzr[4 * i + 1], xyzr[4 * i + 2], xyzr[4 * i + 3]);
       // not fused, as in torch: the ring must not depend on it
@@ -123,38 +129,49 @@ struct Starts {
   }
 };
 
+// What cells and voxels have beyond those with points is padding: outside the grid, and where the points end.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     ranks_kernel(const Key* __restrict__ key, const int32_t* __restrict__ point, const uint64_t* __restrict__ counts,
-                 int64_t N, Key Z, int64_t* __restrict__ cell_rank, int64_t* __restrict__ cells,
+                 const int64_t* __restrict__ ends, int64_t N, Key Z, int64_t num_places, int64_t num_cells,
+                 int64_t num_voxels, int64_t* __restrict__ cell_rank, int64_t* __restrict__ cells,
                  int64_t* __restrict__ cell_start, int64_t* __restrict__ voxel_rank, int64_t* __restrict__ voxels,
                  int64_t* __restrict__ voxel_start, int64_t* __restrict__ order) {
+  const int64_t num_points = min(max(ends[1], int64_t(0)), N);  // whatever the offsets say
+  const uint64_t total = num_points ? counts[num_points - 1] : 0;
+  const int64_t M = int64_t(total >> 32), V = int64_t(uint32_t(total));
   const int64_t stride = int64_t(gridDim.x) * kThreads;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < N; i += stride) {
-    const uint64_t count = counts[i], before = i ? counts[i - 1] : 0;  // up to and with this point
-    const int64_t cell = int64_t(count >> 32) - 1, voxel = int64_t(uint32_t(count)) - 1;
-    const int32_t row = point[i];
-    order[i] = row;
-    cell_rank[row] = cell;
-    voxel_rank[row] = voxel;
-    if (uint32_t(count) != uint32_t(before)) {
-      voxels[voxel] = int64_t(key[i]);
-      voxel_start[voxel] = i;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i <= N; i += stride) {
+    if (i < num_points) {
+      const uint64_t count = counts[i], before = i ? counts[i - 1] : 0;  // up to and with this point
+      const int64_t cell = int64_t(count >> 32) - 1, voxel = int64_t(uint32_t(count)) - 1;
+      const int32_t row = point[i];
+      order[i] = row;
+      cell_rank[row] = cell;
+      voxel_rank[row] = voxel;
+      if (uint32_t(count) != uint32_t(before)) {
+        voxels[voxel] = int64_t(key[i]);
+        voxel_start[voxel] = i;
+      }
+      if (count >> 32 != before >> 32) {
+        cells[cell] = int64_t(key[i] / Z);
+        cell_start[cell] = i;
+      }
+    } else if (i < N) {
+      order[i] = i;  // the sort is stable, and padding last of all
+      cell_rank[i] = N;
+      voxel_rank[i] = N - 1;
     }
-    if (count >> 32 != before >> 32) {
-      cells[cell] = int64_t(key[i] / Z);
-      cell_start[cell] = i;
-    }
-    if (i == N - 1) {
-      voxel_start[voxel + 1] = N;
-      cell_start[cell + 1] = N;
-    }
+    if (i >= M && i < num_cells) cells[i] = num_places;
+    if (i >= M && i <= num_cells) cell_start[i] = num_points;
+    if (i >= V && i < num_voxels) voxels[i] = num_places * int64_t(Z);
+    if (i >= V && i <= num_voxels) voxel_start[i] = num_points;
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar_grid(
     const Tensor& points, const Tensor& offsets, const std::vector<double>& lower, const std::vector<double>& upper,
-    const std::vector<double>& interval, const std::vector<int64_t>& bins) {
+    const std::vector<double>& interval, const std::vector<int64_t>& bins, bool fixed_size) {
   STD_TORCH_CHECK(points.dim() == 2 && points.size(1) == 4 && points.is_contiguous(), "polar_grid: points [N, 4]");
   const int64_t N = points.size(0), B = offsets.size(0) - 1;
   const int64_t R = bins[0], A = bins[1], Z = bins[2], num_places = B * R * A;
@@ -177,6 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
             zeros_as(points, {1}, ScalarType::Long), order};
   }
 
+  const uint64_t last_key = uint64_t(num_places * Z) - (fixed_size ? 0 : 1);  // padding is above all voxels
   const auto launch_polar_grid = [&](auto type)
       -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
     using Key = decltype(type);
@@ -196,8 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     STD_CUDA_KERNEL_LAUNCH_CHECK();
 
     // 2) the points by voxel; the voxels of a cell are neighbours
-    sort_points<Key>(points, data<Key>(keys), sorted_key, data<int32_t>(numbers), sorted_point, N,
-                     uint64_t(num_places * Z - 1), stream);
+    sort_points<Key>(points, data<Key>(keys), sorted_key, data<int32_t>(numbers), sorted_point, N, last_key, stream);
 
     // 3) how many cells and voxels there are up to each point; the last knows how many there are
     const auto starts = thrust::make_transform_iterator(thrust::make_counting_iterator<int32_t>(0),
@@ -205,23 +222,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     with_scratch(points, [&](void* scratch, size_t& bytes) {
       return cub::DeviceScan::InclusiveSum(scratch, bytes, starts, count, int32_t(N), stream);
     });
-    int64_t last[3];
-    STD_CUDA_CHECK(cudaMemcpyAsync(last, count + N - 1, sizeof(last), cudaMemcpyDeviceToHost, stream));
-    STD_CUDA_CHECK(cudaStreamSynchronize(stream));
-    STD_TORCH_CHECK(last[1] == 0 && last[2] == N, "polar_grid: offsets must run from 0 to the number of points");
-    const int64_t M = last[0] >> 32, V = last[0] & 0xffffffff;
+    int64_t num_cells = N, num_voxels = N;
+    if (!fixed_size) {
+      int64_t last[3];
+      STD_CUDA_CHECK(cudaMemcpyAsync(last, count + N - 1, sizeof(last), cudaMemcpyDeviceToHost, stream));
+      STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+      STD_TORCH_CHECK(last[1] == 0 && last[2] == N, "polar_grid: offsets must run from 0 to the number of points");
+      num_cells = last[0] >> 32, num_voxels = last[0] & 0xffffffff;
+    }
 
     // 4) the ranks of each point
-    Tensor cells = empty_as(points, {M}, ScalarType::Long), cell_start = empty_as(points, {M + 1}, ScalarType::Long);
-    Tensor voxels = empty_as(points, {V}, ScalarType::Long), voxel_start = empty_as(points, {V + 1}, ScalarType::Long);
-    ranks_kernel<Key><<<num_blocks(N, kThreads), kThreads, 0, stream>>>(
-        sorted_key, sorted_point, count, N, Key(Z), mutable_data<int64_t>(cell_rank), mutable_data<int64_t>(cells),
-        mutable_data<int64_t>(cell_start), mutable_data<int64_t>(voxel_rank), mutable_data<int64_t>(voxels),
-        mutable_data<int64_t>(voxel_start), mutable_data<int64_t>(order));
+    Tensor cells = empty_as(points, {num_cells}, ScalarType::Long);
+    Tensor cell_start = empty_as(points, {num_cells + 1}, ScalarType::Long);
+    Tensor voxels = empty_as(points, {num_voxels}, ScalarType::Long);
+    Tensor voxel_start = empty_as(points, {num_voxels + 1}, ScalarType::Long);
+    ranks_kernel<Key><<<num_blocks(N + 1, kThreads), kThreads, 0, stream>>>(
+        sorted_key, sorted_point, count, data<int64_t>(sums) + N, N, Key(Z), num_places, num_cells, num_voxels,
+        mutable_data<int64_t>(cell_rank), mutable_data<int64_t>(cells), mutable_data<int64_t>(cell_start),
+        mutable_data<int64_t>(voxel_rank), mutable_data<int64_t>(voxels), mutable_data<int64_t>(voxel_start),
+        mutable_data<int64_t>(order));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return {features, cell_rank, cells, cell_start, voxel_rank, voxels, voxel_start, order};
   };
-  return num_places * Z <= int64_t(1) << 32 ? launch_polar_grid(uint32_t{}) : launch_polar_grid(uint64_t{});
+  return last_key < uint64_t(1) << 32 ? launch_polar_grid(uint32_t{}) : launch_polar_grid(uint64_t{});
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)

@@ -55,7 +55,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t stride = int64_t(gridDim.x) * teams;
   for (int64_t base = int64_t(blockIdx.x) * teams; base < n.V; base += stride) {
     const int64_t v = min(base + team, n.V - 1);  // teams without a voxel go along: the sums need whole warps
-    const int64_t place = voxel[v] / n.Z, k = voxel[v] % n.Z * n.C;
+    const bool inside = uint64_t(voxel[v]) < uint64_t(n.places * n.Z);
+    const int64_t at = inside ? voxel[v] : 0;  // padding goes along too, and gets 0
+    const int64_t place = at / n.Z, k = at % n.Z * n.C;
     const T* row = feature + place * n.D;
     for (int64_t c = 0; c < n.C; c += kClasses) {
       F sum[kClasses] = {};
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       if (lane == 0 && base + team < n.V) {
 #pragma unroll
         for (int j = 0; j < kClasses; ++j) {
-          if (c + j < n.C) out[v * n.C + c + j] = sum[j] + shift[k + c + j];
+          if (c + j < n.C) out[v * n.C + c + j] = inside ? sum[j] + shift[k + c + j] : F(0);
         }
       }
     }

@@ -33,6 +33,12 @@ class GriddedPoints(NamedTuple):
     voxels: int64 [V], ascending: cell * Z + height of each occupied voxel.
     voxel_start: int64 [V + 1], see `by_voxel`.
     order: int64 [N]: the points sorted by voxel, those of a voxel in their order.
+
+    Of fixed size, M = V = N, and there is padding, which the ops that take these skip:
+        cells and voxels without points come last: B * R * A and B * R * A * Z, beyond the grid; they start where the
+        points end;
+        padding points come last in `order`, in no cell or voxel; their features are 0, their cell_rank N, which is no
+        cell, their voxel_rank N - 1, a voxel without points.
     """
 
     features: Tensor
@@ -61,7 +67,7 @@ class GriddedPoints(NamedTuple):
 
 
 @torch.no_grad()
-def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid) -> GriddedPoints:
+def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: bool = False) -> GriddedPoints:
     """Voxel, BEV cell and the nine input features of each point.
 
     Index = floor((clip(v) - min) / interval) in float64; the feature offsets are those of the unclipped point.
@@ -71,25 +77,36 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid) -> GriddedPoint
         points: float32 [N, 4] = x, y, z in metres, remission; finite.
         offsets: int64 [B + 1], rows of each scan.
         grid: The polar grid.
-    Returns: `GriddedPoints`. The number of occupied cells and voxels is read back from the device once.
+        fixed_size: Whether the sizes of the results depend on N alone, as a CUDA graph needs. The offsets may then end
+            before N: the rows after are padding, of any value. For inference: `voxel_head` and `cells_to_bev` have no
+            gradient with padding.
+    Returns: `GriddedPoints`. The number of occupied cells and voxels is read back from the device once, of fixed size
+        never by the native ops.
     Raises: ValueError if the points are not [N, 4] or the offsets do not end at N.
     Source: the polar features of PolarNet (CVPR 2020) as used by MotionBEV (RA-L 2023).
     """
     if points.ndim != 2 or points.shape[1] != 4:
         raise ValueError(f"polar_grid: expected points [N, 4], got {list(points.shape)}; is remission missing?")
     # elsewhere reading it would wait for the device
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and offsets[-1] != len(points):
+    if (
+        not fixed_size
+        and offsets.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and offsets[-1] != len(points)
+    ):
         raise ValueError(f"polar_grid: offsets end at {int(offsets[-1])}, but there are {len(points)} points")
     if native.serves(points) and points.dtype == torch.float32:
         shape = (list(grid.lower), list(grid.upper), list(grid.interval), list(grid.bins))
-        return GriddedPoints(*torch.ops.kdmos.polar_grid(points.contiguous(), offsets.contiguous(), *shape))
-    return GriddedPoints(*reference.polar_grid(points, offsets, grid))
+        return GriddedPoints(*torch.ops.kdmos.polar_grid(points.contiguous(), offsets.contiguous(), *shape, fixed_size))
+    return GriddedPoints(*reference.polar_grid(points, offsets, grid, fixed_size))
 
 
 @native.fake("polar_grid")
-def _(points, offsets, lower, upper, interval, bins):
-    num_points, context = points.shape[0], torch.library.get_ctx()
-    num_cells, num_voxels = context.new_dynamic_size(), context.new_dynamic_size()
+def _(points, offsets, lower, upper, interval, bins, fixed_size=False):
+    num_points = num_cells = num_voxels = points.shape[0]
+    if not fixed_size:
+        context = torch.library.get_ctx()
+        num_cells, num_voxels = context.new_dynamic_size(), context.new_dynamic_size()
     sizes = (num_points, num_cells, num_cells + 1, num_points, num_voxels, num_voxels + 1, num_points)
     return points.new_empty(num_points, 9), *(points.new_empty(size, dtype=torch.int64) for size in sizes)
 

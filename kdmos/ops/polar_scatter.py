@@ -46,7 +46,7 @@ def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid)
 
     Args:
         values: float [M, C].
-        cells: int64 [M], ascending, as `polar_grid` gives them.
+        cells: int64 [M], ascending, as `polar_grid` gives them; B * R * A at the end is padding and skipped.
         num_scans: B.
         grid: The polar grid.
     Returns: [B, C, R, A], channels last in memory.
@@ -99,12 +99,15 @@ def linear_max(rows: Tensor, weight: Tensor, bias: Tensor, start: Tensor) -> Ten
 
 
 def sorted_max(rows: Tensor, start: Tensor) -> Tensor:
-    """Largest of the rows of each cell, float [N, C] sorted by cell -> [M, C]; no gradient."""
+    """Largest of the rows of each cell, float [N, C] sorted by cell -> [M, C], 0 for a cell without rows; no gradient.
+
+    Rows from start[M] on are padding.
+    """
     num_cells = len(start) - 1
     if native.serves(rows):
         cells = torch.arange(num_cells, device=rows.device)
         return torch.ops.kdmos.polar_scatter_bev(rows, None, start, cells, num_cells)
-    cell = torch.repeat_interleave(start.diff(), output_size=len(rows))
+    cell = torch.searchsorted(start[1:], torch.arange(len(rows), device=rows.device), right=True)
     return reference.polar_scatter(rows, cell, num_cells)[0]
 
 

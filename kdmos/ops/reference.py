@@ -21,7 +21,10 @@ def scan_index(offsets: Tensor, num_points: int) -> Tensor:
     return torch.repeat_interleave(scans, offsets.diff(), output_size=num_points)
 
 
-def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid):
+def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: bool = False):
+    if fixed_size:
+        num_points, num_places = int(offsets[-1]), (offsets.numel() - 1) * grid.bins[0] * grid.bins[1]
+        return padded(polar_grid(points[:num_points], offsets, grid), len(points), num_places, grid.bins[2])
     x, y, z, remission = points.unbind(1)
     rho, phi = torch.sqrt(x * x + y * y), torch.atan2(y, x)
     position = torch.stack([rho, phi, z], 1).double()  # float64: an index must not depend on float32 rounding
@@ -42,6 +45,26 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid):
     cell_start = voxel_start[F.pad(torch.bincount(cell_of_voxel, minlength=len(cells)).cumsum(0), (1, 0))]
     order = voxel_rank.argsort(stable=True)
     return features, cell_of_voxel[voxel_rank], cells, cell_start, voxel_rank, voxels, voxel_start, order
+
+
+def padded(gridded, N: int, num_places: int, heights: int):
+    """The results of `polar_grid` with as many points, cells and voxels as given."""
+    features, cell_rank, cells, cell_start, voxel_rank, voxels, voxel_start, order = gridded
+    num_points = len(features)
+
+    def fill(tensor: Tensor, length: int, value: int) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((length - len(tensor), *tensor.shape[1:]), value)])
+
+    return (
+        fill(features, N, 0),
+        fill(cell_rank, N, N),
+        fill(cells, N, num_places),
+        fill(cell_start, N + 1, num_points),
+        fill(voxel_rank, N, N - 1),
+        fill(voxels, N, num_places * heights),
+        fill(voxel_start, N + 1, num_points),
+        torch.cat([order, torch.arange(num_points, N, device=order.device)]),
+    )
 
 
 def voxel_label(voxel_rank: Tensor, labels: Tensor, num_voxels: int, num_classes: int) -> Tensor:
@@ -89,7 +112,8 @@ def polar_scatter(features: Tensor, cell: Tensor, num_cells: int) -> tuple[Tenso
 
 def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid) -> Tensor:
     rings, sectors, _ = grid.bins
-    dense = values.new_zeros(num_scans * rings * sectors, values.shape[1]).index_copy(0, cells, values)
+    places = num_scans * rings * sectors
+    dense = values.new_zeros(places + 1, values.shape[1]).index_copy(0, cells, values)[:places]  # last row: padding
     return dense.view(num_scans, rings, sectors, -1).permute(0, 3, 1, 2)  # [B, C, R, A]
 
 
@@ -276,11 +300,13 @@ def dysample(x: Tensor, offset: Tensor, scale: int, groups: int, circular: bool)
 
 def voxel_head(features: Tensor, voxels: Tensor, weight: Tensor, bias: Tensor, grid: PolarGrid) -> Tensor:
     heights = grid.bins[2]
+    padding = voxels == len(features) * grid.bins[0] * grid.bins[1] * heights
+    voxels = voxels.masked_fill(padding, 0)
     # index_select, because the gradient of plain indexing is summed in another order each time
     columns = features.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, voxels // heights)  # [V, D]
     logits = F.linear(columns, weight.flatten(1), bias).view(len(voxels), heights, weight.shape[0] // heights)
     height = (voxels % heights)[:, None, None].expand(-1, 1, logits.shape[2])
-    return logits.gather(1, height)[:, 0]  # [V, classes]
+    return logits.gather(1, height)[:, 0].masked_fill(padding[:, None], 0.0)  # [V, classes]
 
 
 def wdcd_loss(

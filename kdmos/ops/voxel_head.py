@@ -18,10 +18,11 @@ def voxel_head(features: Tensor, voxels: Tensor, weight: Tensor, bias: Tensor, g
     Args:
         features: Decoder output, float [B, D, R, A].
         voxels: int64 [V], ascending, as `polar_grid` gives them: ((scan * R + ring) * A + sector) * Z + height.
+            B * R * A * Z at the end is padding.
         weight: [Z * classes, D, 1, 1], height-major.
         bias: [Z * classes].
         grid: The polar grid.
-    Returns: [V, classes].
+    Returns: [V, classes], 0 for padding.
     Raises: ValueError if the shapes do not fit.
     """
     rings, sectors, heights = grid.bins

@@ -174,6 +174,52 @@ def test_every_point_has_its_place(seed, bins, low, extent, num_points):
     assert (gridded.features[inside, 2].abs() <= grid.interval[2] / 2 + 1e-5).all()
 
 
+@pytest.mark.parametrize("lengths", [(300,), (1,), (0,), (0, 0), (120, 0, 180), (0, 1, 0)])
+@pytest.mark.parametrize("padding", [0, 1, 500])
+def test_fixed_size(lengths, padding):
+    """The ordinary form, and behind it what no op takes for a point, cell or voxel."""
+    grid, (n, offsets) = PolarGrid(bins=(7, 50, 40)), (sum(lengths), torch.tensor([0, *lengths]).cumsum(0))
+    points = torch.randn(n + padding, 4, generator=torch.Generator().manual_seed(n)) * 20
+    points[n:] = math.nan
+    rows, places = n + padding, len(lengths) * 7 * 50
+    ours, plain = polar_grid(points, offsets, grid, fixed_size=True), polar_grid(points[:n], offsets, grid)
+    tails = {
+        "features": (rows, 0),
+        "cell_rank": (rows, rows),
+        "cells": (rows, places),
+        "cell_start": (rows + 1, n),
+        "voxel_rank": (rows, rows - 1),
+        "voxels": (rows, places * 40),
+        "voxel_start": (rows + 1, n),
+    }
+    for name, (length, value) in tails.items():
+        found, wanted = getattr(ours, name), getattr(plain, name)
+        assert found.dtype == wanted.dtype, name
+        assert found.shape == (length, *wanted.shape[1:]), name
+        assert torch.equal(found[: len(wanted)], wanted), name
+        assert (found[len(wanted) :] == value).all(), name
+    assert torch.equal(ours.order, torch.cat([plain.order, torch.arange(n, rows)]))
+    assert ours.cell_rank[:n].lt(len(plain.cells)).all()
+
+
+def test_fixed_size_with_a_voxel_for_each_point():
+    """N cells and voxels: no row is left for padding."""
+    points = [(rho, 0.1, 0.5, 0.0) for rho in (3.5, 0.5, 2.5, 1.5)]
+    for ours, plain in zip(
+        polar_grid(*one_scan(*points), TABLE_GRID, True), polar_grid(*one_scan(*points), TABLE_GRID)
+    ):
+        assert torch.equal(ours, plain)
+
+
+def test_refuses_offsets_that_do_not_fit(backend):
+    if backend == "cuda":
+        pytest.skip("reading them would wait for the device")
+    with pytest.raises(ValueError, match="polar_grid: offsets end at 3, but there are 5 points"):
+        polar_grid(torch.zeros(5, 4), torch.tensor([0, 3]), PolarGrid())
+    with pytest.raises(RuntimeError):
+        polar_grid(torch.zeros(5, 4), torch.tensor([0, 6]), PolarGrid(), fixed_size=True)
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (5, 5), (4,), (1, 5, 4)])
 def test_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match=r"polar_grid: expected points \[N, 4\].*is remission missing"):

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from kdmos.ops import cells_to_bev, polar_grid, polar_scatter, polar_scatter_bev
+from kdmos.ops.polar_scatter import sorted_max
 from kdmos.settings import PolarGrid
 
 SMALL = PolarGrid(bins=(5, 6, 3))
@@ -163,3 +164,31 @@ def test_straight_into_the_dense_layout():
     at_cells = weight.permute(0, 2, 3, 1).reshape(-1, 3)[gridded.cells]
     (sparse,) = torch.autograd.grad((maximum * at_cells).sum(), features)
     assert_close(dense, sparse)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 150])
+def test_fixed_size(padding):
+    """Padding points and cells change nothing: neither the maxima nor the dense layout, nor the gradient."""
+    generator = torch.Generator().manual_seed(1)
+    points, offsets = torch.randn(200 + padding, 4, generator=generator) * 15, torch.tensor([0, 120, 120, 200])
+    features = torch.randn(200 + padding, 3, generator=generator, dtype=torch.float64) - 5
+    features[200:] = math.inf
+    plain = polar_grid(points[:200], offsets, SMALL)
+    maximum, argmax = polar_scatter(features[:200], plain.cell_rank, len(plain.cells), plain.by_cell)
+    bev = cells_to_bev(maximum, plain.cells, 3, SMALL)
+
+    gridded = polar_grid(points, offsets, SMALL, fixed_size=True)
+    features.requires_grad_()
+    ours, point = polar_scatter(features, gridded.cell_rank, len(gridded.cells), gridded.by_cell)
+    for found, wanted, empty in ((ours, maximum, 0), (point, argmax, -1)):
+        assert len(found) == 200 + padding
+        assert torch.equal(found[: len(wanted)], wanted)
+        assert (found[len(wanted) :] == empty).all()
+    (gradient,) = torch.autograd.grad(ours.sum(), features)
+    assert gradient[:200].sum() == argmax.numel()
+    assert not gradient[200:].any()
+    ours, features = ours.detach(), features.detach()
+    assert torch.equal(cells_to_bev(ours, gridded.cells, 3, SMALL), bev)
+    assert torch.equal(sorted_max(features[gridded.order], gridded.cell_start), ours)
+    order = gridded.by_cell
+    assert torch.equal(polar_scatter_bev(features, gridded.cell_rank, gridded.cells, 3, SMALL, order), bev)

@@ -85,6 +85,13 @@ def test_opcheck(op, backend):
 
 
 @needs_native
+def test_opcheck_of_fixed_size(backend):
+    if backend == "native":
+        points, _, *grid = samples()[0]["polar_grid"]
+        torch.library.opcheck(torch.ops.kdmos.polar_grid.default, (points, torch.tensor([0, 50, 120]), *grid, True))
+
+
+@needs_native
 def test_every_op_is_checked():
     names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "kdmos::" in name}
     assert names == set(samples()[0])
@@ -180,10 +187,10 @@ def test_indices_that_would_read_elsewhere_are_refused(backend):
     if backend != "native":
         pytest.skip("torch checks its own")
     features, weight = torch.zeros(1, 6, 16, 20), torch.zeros(24, 6, 1, 1)
-    for voxels in ([3, 2560], [-1, 3], [4, 3]):
+    for voxels in ([3, 2561], [2560, 3], [-1, 3], [-1, 2560], [4, 3]):  # 2560 itself ends them as padding
         with pytest.raises(RuntimeError, match="voxel_head: voxels must ascend within 0 and 2560"):
             ops.voxel_head(features, torch.tensor(voxels), weight, torch.zeros(24), GRID)
-    for cells in ([3, 320], [4, 3]):
+    for cells in ([3, 321], [320, 3], [4, 3]):
         with pytest.raises(RuntimeError, match="cells must ascend within 0 and 320"):
             ops.cells_to_bev(torch.zeros(2, 1), torch.tensor(cells), 1, GRID)
 

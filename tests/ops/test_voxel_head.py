@@ -81,6 +81,17 @@ def test_no_voxels():
     assert voxel_head(features, voxels[:0], weight, bias, grid).shape == (0, 3)
 
 
+@pytest.mark.parametrize("padding", [1, 700])
+def test_padding_gets_zeros(padding):
+    features, voxels, weight, bias, grid = random_case((4, 6, 3))
+    beyond = torch.full((padding,), 2 * 4 * 6 * 3)
+    logits = voxel_head(features, torch.cat([voxels, beyond]), weight, bias, grid)
+    assert torch.equal(logits[:40], voxel_head(features, voxels, weight, bias, grid))
+    assert logits.shape == (40 + padding, 3)
+    assert not logits[40:].any()
+    assert not voxel_head(features, beyond, weight, bias, grid).any()
+
+
 def test_refuses_what_does_not_fit():
     features, voxels, weight, bias, grid = random_case((4, 6, 3))
     with pytest.raises(ValueError, match=r"voxel_head: expected features \[B, D, 4, 6\], got \[2, 5, 4, 5\]"):
