@@ -8,6 +8,8 @@ The limit counts the multiply-adds of the convolutions and the point MLP at the 
 
 from __future__ import annotations
 
+from itertools import product
+
 from .timing import Case, clock, main, real_scans
 
 GMAC = 33.0  # 28 of convolutions, 5 of the point MLP, see kdmos.models.student
@@ -26,7 +28,7 @@ def cases(arguments) -> list[Case]:
     import torch
 
     from kdmos.models import load_student
-    from kdmos.models.fast import FastStudent
+    from kdmos.models.fast import FastStudent, GraphedStudent
     from kdmos.motion import motion_channels
 
     from . import baseline
@@ -52,12 +54,13 @@ def cases(arguments) -> list[Case]:
             limit_ms=1e12 * GMAC / multiply_adds_per_second(torch.float32, device),
         )
     ]
-    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        fast = FastStudent(student, precision)
+    forms = (FastStudent, GraphedStudent) if packed.is_cuda else (FastStudent,)
+    for (precision, dtype), form in product((("float32", torch.float32), ("bfloat16", torch.bfloat16)), forms):
+        fast = form(student, precision)
         if fast.dtype == dtype:
             found.append(
                 Case(
-                    f"{precision}, FastStudent",
+                    f"{precision}, {form.__name__}",
                     lambda: baseline.predict(theirs, [points], [residual]),
                     lambda fast=fast: run(fast),
                     scans=name,

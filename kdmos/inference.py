@@ -15,8 +15,9 @@ from kdmos.command import listed
 from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
 from kdmos.errors import InputError
 from kdmos.models import SHIPPED, Rule, Student, Teacher
-from kdmos.models.fast import PRECISIONS, FastStudent, usable_precision
+from kdmos.models.fast import PRECISIONS, FastStudent, GraphedStudent, usable_precision
 from kdmos.motion import MotionStream
+from kdmos.ops import native
 
 
 class ScanLogits(NamedTuple):
@@ -34,11 +35,16 @@ Model = Student | FastStudent | Rule | Teacher
 
 
 def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> FastStudent | Rule | Teacher:
-    """The model as inference runs it. Raises: InputError for an unknown precision."""
+    """The model as inference runs it, a student on a GPU as a CUDA graph.
+
+    Raises: InputError for an unknown precision.
+    """
     if precision not in PRECISIONS:
         raise InputError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
     if isinstance(model, Student):
-        return FastStudent(model, precision)
+        weight = model.head.weight
+        form = GraphedStudent if weight.is_cuda and native.serves(weight) else FastStudent
+        return form(model, precision)
     if isinstance(model, Teacher):
         model.dtype = usable_precision(precision, model.seg_head.weight.device)
     return model

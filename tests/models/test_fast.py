@@ -3,9 +3,13 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdmos.models import build_student
-from kdmos.models.fast import FastStudent, usable_precision
+from kdmos.data.semantic_kitti import find_sequences
+from kdmos.inference import prepared
+from kdmos.models import build_student, load_student
+from kdmos.models.fast import FastStudent, GraphedStudent, usable_precision
+from kdmos.motion import motion_channels
 from kdmos.ops import native
 from kdmos.settings import PolarGrid
 
@@ -80,3 +84,108 @@ def test_precisions(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with pytest.warns(UserWarning, match="bfloat16 is not computed natively on this cpu; staying in float32"):
         assert usable_precision("bfloat16", "cpu") == torch.float32
+
+
+# --- Of fixed size, as a CUDA graph needs it; here without the graph ----------------------------------
+
+
+def one_scan(num_points, seed=0):
+    return scans((num_points,), seed)
+
+
+@pytest.mark.parametrize("backend", native.BACKENDS)
+@pytest.mark.parametrize("bins", [(41, 50, 8), (24, 16, 4)])
+def test_fixed_size_is_the_fast_student(bins, backend):
+    """Whatever the scan before left in the buffers; a scan of one point, of none, of all there is room for."""
+    if backend == "native" and not native.BUILT:
+        pytest.skip("the native ops are not built")
+    student = trained(bins=bins)
+    with native.backend(backend):
+        fast, graphed = FastStudent(student), GraphedStudent(student, capacity=900)
+        first = graphed(*one_scan(500)).point_logits
+        for seed, num_points in enumerate((900, 1, 899, 0, 20)):
+            batch = one_scan(num_points, seed)
+            logits = graphed(*batch).point_logits
+            assert logits.shape == (num_points, 4)
+            if num_points:
+                # not bit for bit: the product over all cells has more rows than that over those with points
+                assert_close(logits, fast(*batch).point_logits)
+            graphed.points[num_points:] = graphed.residual[num_points:] = torch.nan
+        assert torch.equal(graphed(*one_scan(500)).point_logits, first)
+
+
+def test_fixed_size_of_several_scans():
+    """The batch with room for more, the scan without a point among them."""
+    fast, (points, offsets, residual) = FastStudent(trained()), scans()
+    expected = fast(points, offsets, residual)
+    padded = [torch.cat([tensor, tensor[:100]]) for tensor in (points, residual)]
+    found = fast(padded[0], offsets, padded[1], fixed_size=True)
+    assert_close(found.point_logits[: len(points)], expected.point_logits)
+    assert not found.voxel_logits[len(expected.voxel_logits) :].any()
+
+
+def test_larger_scans_and_batches_go_the_ordinary_way():
+    student = trained()
+    fast, graphed = FastStudent(student), GraphedStudent(student, capacity=900)
+    for batch in (one_scan(901), scans((100, 200))):
+        assert torch.equal(graphed(*batch).point_logits, fast(*batch).point_logits)
+    points, offsets, residual = one_scan(20)
+    with pytest.raises(ValueError, match=r"student: expected residual \[20, 8\], got \[1, 8\]"):
+        graphed(points, offsets, residual[:1])
+    with pytest.raises(ValueError, match=r"student: expected points \[20, 4\], got \[20, 3\]"):
+        graphed(points[:, :3], offsets, residual)
+
+
+def test_real_scans_in_any_order(realdata):
+    (sequence,) = find_sequences(realdata("kitti-raw-0005-a"))
+    clouds = [torch.from_numpy(sequence.read_points(frame)) for frame in sequence.frames[:9]]
+    residuals = motion_channels(clouds, sequence.poses()[:9], 8)
+    student = load_student("synthetic")
+    fast, graphed = FastStudent(student), GraphedStudent(student)
+    for scan, share in ((7, 1), (0, 3), (8, 1)):
+        points, residual = clouds[scan][::share].contiguous(), residuals[scan][::share].contiguous()
+        batch = (points, torch.tensor([0, len(points)]), residual)
+        assert_close(graphed(*batch).point_logits, fast(*batch).point_logits)
+
+
+class Refuses(TorchDispatchMode):
+    """Fails where the host would wait for a value of the device, or a size depends on one."""
+
+    BAD = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "repeat_interleave.Tensor", "equal")
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        name = str(op)
+        assert not any(bad in name for bad in self.BAD) and name != "aten.item.default", name
+        indices = arguments[1] if name.startswith("aten.index.Tensor") else []
+        assert not any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices), name
+        return op(*arguments, **(options or {}))
+
+
+@pytest.mark.skipif(not native.BUILT, reason="the native ops are not built")
+@pytest.mark.parametrize("name", ["kdmos", "motionbev"])
+def test_nothing_is_read_on_the_way(name, monkeypatch):
+    """On the way of a GPU, where all rows are one chunk."""
+    fast, graphed, batch = FastStudent(trained(name)), GraphedStudent(trained(name), capacity=900), one_scan(700)
+    expected = fast(*batch).point_logits
+    monkeypatch.setattr("kdmos.models.fast.chunks", lambda start: [(0, len(start) - 1, 0, None)])
+    with Refuses():
+        logits = graphed(*batch).point_logits
+    assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # the product of all rows may round otherwise
+    with pytest.raises(AssertionError, match=r"aten\.is_nonzero"), Refuses():
+        fast(*batch)
+
+
+@pytest.mark.skipif(not native.BUILT, reason="the native ops are not built")
+@pytest.mark.parametrize("name", ["kdmos", "motionbev"])
+def test_every_size_is_known_beforehand(name, monkeypatch):
+    """With tensors that have a shape and no values: what would read one fails."""
+    monkeypatch.setattr(native, "DEVICES", native.DEVICES | {"meta"})
+    graphed = GraphedStudent(trained(name).to("meta"), capacity=900)
+    points, offsets, residual = (tensor.to("meta") for tensor in one_scan(700))
+    assert graphed(points, offsets, residual).point_logits.shape == (700, 4)
+    with pytest.raises(RuntimeError, match="data-dependent shape"):
+        FastStudent.forward(graphed, points, offsets, residual)
+
+
+def test_a_cpu_keeps_the_fast_student():
+    assert type(prepared(trained())) is FastStudent

@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from kdmos.models import build_student
-from kdmos.models.fast import FastStudent
+from kdmos.models.fast import FastStudent, GraphedStudent
+from kdmos.ops import native
 from kdmos.settings import PolarGrid
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -66,3 +67,71 @@ def test_another_stream():
             logits = student(*batch("cuda")).point_logits
     stream.synchronize()
     assert_close(logits, expected)
+
+
+needs_native = pytest.mark.skipif("cuda" not in native.DEVICES, reason="the CUDA ops are not built")
+
+
+def one_scan(num_points, seed):
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(num_points, 4, generator=generator) * torch.tensor([15.0, 15.0, 1.0, 0.1])
+    residual = torch.randn(num_points, 8, generator=generator).relu()
+    return [tensor.cuda() for tensor in (points, torch.tensor([0, num_points]), residual)]
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["kdmos", "motionbev"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1), ("float16", 0.02)])
+def test_graph(name, precision, tolerance):
+    """Scan after scan as without the graph, larger and smaller ones; each answer stays when the next one comes.
+
+    Only to rounding: the product over all rows has other tiles.
+    """
+    torch.manual_seed(0)
+    student = build_student(name, grid=GRID).eval().cuda()
+    fast, graphed = FastStudent(student, precision), GraphedStudent(student, precision, capacity=3000)
+    lengths, found, wanted = (2000, 3000, 1, 2999, 20, 3001, 2000), [], []
+    for seed, num_points in enumerate(lengths):  # the last but one is beyond the capacity
+        found.append(graphed(*one_scan(num_points, seed)).point_logits)
+        wanted.append(fast(*one_scan(num_points, seed)).point_logits)
+        graphed.points[num_points:] = graphed.residual[num_points:] = torch.nan
+    assert graphed.graph is not None
+    for ours, expected in zip(found, wanted):
+        assert ours.shape == expected.shape
+        assert_close(ours, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+@needs_native
+def test_graph_replays_alike():
+    """The same scan, before and after another: bit for bit."""
+    torch.manual_seed(0)
+    graphed = GraphedStudent(build_student("kdmos", grid=GRID).eval().cuda(), capacity=3000)
+    first, _, again = (graphed(*one_scan(num_points, 0)).point_logits for num_points in (2000, 3000, 2000))
+    assert torch.equal(first, again)
+
+
+@needs_native
+def test_graph_on_another_stream():
+    torch.manual_seed(0)
+    student, stream = build_student("kdmos", grid=GRID).eval().cuda(), torch.cuda.Stream()
+    fast, graphed, batch = FastStudent(student), GraphedStudent(student, capacity=3000), one_scan(2000, 0)
+    expected = fast(*batch).point_logits
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        logits = graphed(*batch).point_logits
+    stream.synchronize()
+    assert_close(logits, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+@needs_native
+def test_fixed_size_does_not_wait_for_the_device():
+    torch.manual_seed(0)
+    graphed = GraphedStudent(build_student("kdmos", grid=GRID).eval().cuda(), capacity=3000)
+    graphed(*one_scan(2000, 0))
+    batch = one_scan(1000, 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphed(*batch)
+        graphed._of_capacity()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
