@@ -128,7 +128,8 @@ void fill_dense(T* out, int64_t num_places, int64_t C, const int64_t* cells, int
   torch::stable::parallel_for(0, num_places, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, C)), [&](int64_t begin, int64_t end) {
     int64_t m = std::lower_bound(cells, cells + M, begin) - cells, place = begin;
     for (; m < M && cells[m] < end; ++m) {
-      std::memset(static_cast<void*>(out + place * C), 0, (cells[m] - place) * C * sizeof(T));
+      const int64_t gap = std::max<int64_t>(0, cells[m] - place);  // of a cell that occurs twice, the later one stays
+      std::memset(static_cast<void*>(out + place * C), 0, gap * C * sizeof(T));
       fill(m, out + cells[m] * C);
       place = cells[m] + 1;
     }

@@ -192,3 +192,11 @@ def test_fixed_size(padding):
     assert torch.equal(sorted_max(features[gridded.order], gridded.cell_start), ours)
     order = gridded.by_cell
     assert torch.equal(polar_scatter_bev(features, gridded.cell_rank, gridded.cells, 3, SMALL, order), bev)
+
+
+def test_of_a_cell_that_occurs_twice_the_later_one_stays(backend):
+    if backend == "cuda":
+        pytest.skip("in no fixed order there")
+    grid = PolarGrid(bins=(16, 20, 8))
+    dense = cells_to_bev(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([3, 3, 7]), 1, grid).flatten()
+    assert dense[3] == 2 and dense[7] == 3 and dense.sum() == 5
