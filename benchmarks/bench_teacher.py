@@ -34,7 +34,7 @@ def measure(folder: str | None, device: str, precision: str, rounds: int) -> dic
     with torch.inference_mode():
         times = [clock(lambda: teacher.point_logits(*window), device) for _ in range(1 + rounds)][1:]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak_gib() - before
-    low, median, high = np.percentile(times, [20, 50, 80])
+    low, median, high = np.percentile(times, [20, 50, 80]).tolist()
     return {
         "case": f"one frame, {precision}",
         "scans": name,
