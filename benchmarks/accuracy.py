@@ -1,4 +1,4 @@
-"""Moving IoU of a student (or of the training-free rule) on labelled sequences, as a row of results/accuracy.csv.
+"""Moving IoU of a student, a teacher or the training-free rule on labelled sequences, as a row of results/accuracy.csv.
 
 python -m benchmarks.accuracy DATA CHECKPOINT [--frames FIRST LAST]
 """
@@ -14,7 +14,7 @@ from kdmos import metrics
 from kdmos.data.labels import CLASSES, to_classes
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.errors import InputError
-from kdmos.models import load_student
+from kdmos.models import Teacher, load_model
 from kdmos.predict import choose_device, predict_sequence
 
 from . import rows
@@ -26,22 +26,22 @@ STATIC, MOVING = NAMES.index("static"), NAMES.index("moving")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("checkpoint", help="a student, or 'rule'")
+    parser.add_argument("checkpoint", help="a student, a teacher, or 'rule'")
     parser.add_argument("--frames", type=int, nargs=2, help="score these frames only, both ends included")
     arguments = parser.parse_args()
     device = choose_device("auto")
-    student = load_student(arguments.checkpoint, device)
+    model = load_model(arguments.checkpoint, device)
     first, last = arguments.frames or (0, 10**9)
     table, scans = np.zeros((len(NAMES), len(NAMES)), np.int64), 0
     for sequence in find_sequences(arguments.data):
-        for frame, result in predict_sequence(student, sequence, device):
+        for frame, result in predict_sequence(model, sequence, device):
             if isinstance(result, InputError):
                 raise result
             if not first <= frame <= last:
                 continue
             raw = sequence.read_labels(frame, len(result.predicted))
             truth = to_classes(raw, NAMES, sequence.labels_path(frame))
-            predicted = np.where(result.predicted == student.moving, MOVING, STATIC)
+            predicted = np.where(result.predicted == model.moving, MOVING, STATIC)
             table += metrics.confusion(truth, predicted, len(NAMES))
             scans += 1
     scored = metrics.ignore_truth(table, 0)
@@ -50,8 +50,8 @@ def main() -> None:
         "frames": f"{first}-{last}" if arguments.frames else "all",
         "scans": scans,
         "checkpoint": Path(arguments.checkpoint).name,
-        "form": student.settings.motion.form,
-        "lookahead": student.settings.motion.lookahead,
+        "form": f"{model.settings.num_scans} scans" if isinstance(model, Teacher) else model.settings.motion.form,
+        "lookahead": model.settings.lookahead,
         "moving_points": int(scored[MOVING].sum()),
         "moving_iou": round(metrics.moving_iou(table, MOVING), 4),
         "precision": round(float(metrics.precision(scored)[MOVING]), 4),

@@ -55,7 +55,7 @@ RULE, TEACHER, ALONE, DISTILLED = "training-free rule", "teacher", "student, lab
 DRAWN = (RULE, DISTILLED)
 NOTES = {
     RULE: "A point moves if half of its motion channels are non-zero. Knows nothing of shapes.",
-    TEACHER: "MotionBEV, the light network that KDMOS is made from: a weak teacher. A heavy 4-D one comes later.",
+    TEACHER: "MotionBEV, the light network that KDMOS is made from: a weak teacher. MambaMOS takes longer to train.",
     ALONE: "KDMOS, cross-entropy and Lovasz loss.",
     DISTILLED: "The same weights to begin with, the same scans in the same order, and as many steps; WDCD besides.",
 }
