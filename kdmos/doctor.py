@@ -28,6 +28,8 @@ OPTIONAL = {
     "torchmetrics": ("train", "training: scores on the way"),
     "tensorboard": ("train", "training: curves"),
     "matplotlib": ("train", "pictures of kdmos evaluate"),
+    "spconv": ("dev", "tests: against its convolution, which the teacher can use"),
+    "mamba-ssm": ("mamba", "the teacher on its scan, on a GPU"),
     "pytest": ("dev", "tests"),
     "pytest-cov": ("dev", "tests: coverage"),
     "hypothesis": ("dev", "tests: drawn inputs"),

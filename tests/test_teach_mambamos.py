@@ -337,13 +337,13 @@ def test_the_time_of_the_rest_is_said_once(capsys):
 # --- what is refused, what is listed
 
 
-@pytest.mark.parametrize("option", [["--turns", "2"], ["--sum-turns"], ["--draw-points"]])
+@pytest.mark.parametrize("option", [["--turns", "2"], ["--sum-turns"], ["--draw-points"], ["--backend", "spconv"]])
 def test_voting_is_not_for_students(data, tmp_path, capsys, option):
     save_model(tmp_path / "student.safetensors", build_student(grid=PolarGrid(bins=(16, 16, 2))))
     for student in (tmp_path / "student.safetensors", "rule"):
         assert run(data, "--checkpoint", student, "--output", tmp_path / "logits", *option) == 2
         error = capsys.readouterr().err
-        assert f"--turns, --sum-turns, --draw-points: of MambaMOS, and {student} is a student" in error
+        assert f"--draw-points, --backend: of MambaMOS, and {student} is a student" in error
         assert len(error.splitlines()) == 1
     assert not (tmp_path / "logits").exists()
 
