@@ -8,6 +8,8 @@ one is here.
 
 This file imports nothing from `kdmos`, is compared with the authors' own outputs in
 `tests/benchmarks/test_baseline.py`, and is never changed: a change would move every ratio measured so far.
+One part was added later: the selective scan in chunks, for the teacher, whose authors scan in CUDA alone. It
+is ours, in plain torch.
 Module names are the keys of the authors' state_dict. Source: KDMOS (IROS 2025, arXiv 2506.14130), MotionBEV
 (RA-L 2023), DySample (ICCV 2023).
 

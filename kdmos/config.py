@@ -48,7 +48,7 @@ class DataConfig(Strict):
     drop_static_scans: bool | Annotated[Path, BeforeValidator(_expanded)] = (
         False  # true: every 10th of the scans with at most 10 moving points; or a list
     )
-    cache: File | None = None  # motion cache; null: kdmos/motion in the user's cache folder
+    cache: File | None = None  # motion cache of a student's run; null: kdmos/motion in the user's cache folder
     workers: Annotated[int, Field(ge=0)] = 2  # processes that read ahead
 
 

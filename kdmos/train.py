@@ -198,6 +198,8 @@ class ModelTraining(L.LightningModule):
     (seed, epoch, scan): a resumed run repeats what the uninterrupted one would have drawn.
     """
 
+    model: Student | Teacher  # what is trained; each subclass says where it keeps it
+
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.config = config
@@ -207,10 +209,6 @@ class ModelTraining(L.LightningModule):
         self.confusion = MulticlassConfusionMatrix(len(classes))
         # Lowest and highest x, y, z and remission seen: the checkpoint says what sensor it knows.
         self.register_buffer("seen", torch.tensor([[np.inf], [-np.inf]]).repeat(1, 4))
-
-    @property
-    def model(self) -> Student | Teacher:
-        raise NotImplementedError
 
     def words(self, value: dict[str, float]) -> str:
         """What an epoch's line says beside its scores, given all logged values."""

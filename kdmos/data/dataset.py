@@ -1,4 +1,4 @@
-"""What training reads: one scan with its labels, motion channels and teacher logits; and an order that resumes."""
+"""What training reads: a scan with its motion channels, or a window of scans, and labels; and an order that resumes."""
 
 from __future__ import annotations
 
