@@ -13,6 +13,7 @@ import torch
 
 from kdmos.command import listed
 from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
+from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
 from kdmos.models import SHIPPED, Rule, Student, Teacher
 from kdmos.models.fast import PRECISIONS, FastStudent, GraphedStudent, usable_precision
@@ -100,7 +101,7 @@ class _TeacherScans:
 @torch.inference_mode()
 def sequence_logits(
     model: Model,
-    sequence: Sequence,
+    sequence: ScanSource,
     device: torch.device | str = "cpu",
     skip: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, ScanLogits | InputError | None]]:
@@ -131,7 +132,7 @@ def sequence_logits(
         try:
             return frame, ScanLogits(finite, logits().float())
         except InputError as error:
-            return frame, InputError(f"{sequence.points_path(frame)}: with the scans before it: {error}")
+            return frame, InputError(f"{sequence.where(frame)}: with the scans before it: {error}")
 
     wanted = [index for index, frame in enumerate(sequence.frames) if frame not in skip]
     # The answers depend on no scan outside start..stop: `history` before the first one, `lookahead` after the last.

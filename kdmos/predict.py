@@ -18,7 +18,8 @@ from rich.progress import Progress
 from kdmos.checkpoint import write_atomic
 from kdmos.command import run
 from kdmos.data.labels import to_raw
-from kdmos.data.semantic_kitti import MANIFEST, POINT_BYTES, Sequence, read_manifest
+from kdmos.data.semantic_kitti import MANIFEST, read_manifest
+from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
 from kdmos.inference import Model, ScanLogits, asked_sequences, choose_device, fingerprint, prepared, sequence_logits
 from kdmos.models import SHIPPED, load_model
@@ -39,7 +40,7 @@ class ScanResult(NamedTuple):
 
 
 def predict_sequence(
-    model: Model, sequence: Sequence, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
+    model: Model, sequence: ScanSource, device: torch.device | str = "cpu", skip: frozenset[int] = frozenset()
 ) -> Iterator[tuple[int, ScanResult | InputError | None]]:
     """Classes of every point of a sequence, scan by scan in frame order.
 
@@ -67,7 +68,7 @@ def _result(scan: ScanLogits, moving: int) -> ScanResult:
 
 def predict_data(
     model: Model,
-    sequences: list[Sequence],
+    sequences: list[ScanSource],
     output: Path,
     device: torch.device | str = "cpu",
     classes: int = 2,
@@ -119,13 +120,15 @@ def predict_data(
     return done, lost
 
 
-def _complete(output: Path, sequence: Sequence, frame: int, scores: bool) -> bool:
-    path, scan = sequence.prediction_path(output, frame), sequence.points_path(frame)
-    if not scan.exists():  # a broken link: reading it will say so
+def _complete(output: Path, source: ScanSource, frame: int, scores: bool) -> bool:
+    """Whether the answer is there: written whole, as everything is, and as long as the scan where that is known."""
+    labels = source.prediction_path(output, frame)
+    files = [(labels, 4)] + ([(labels.with_suffix(".score"), 2)] if scores else [])
+    if not all(file.is_file() for file, _ in files):
         return False
-    num_points = scan.stat().st_size // POINT_BYTES
-    sizes = [(path, 4)] + ([(path.with_suffix(".score"), 2)] if scores else [])
-    return all(file.is_file() and file.stat().st_size == width * num_points for file, width in sizes)
+    num_points = source.num_points(frame)
+    counts = {file.stat().st_size / width for file, width in files}
+    return len(counts) == 1 if num_points is None else counts == {num_points}
 
 
 def made_with(model: Model, checkpoint: str | Path, source: str | Path, classes: int = 2) -> dict:
@@ -154,7 +157,7 @@ def _check_manifest(output: Path, manifest: dict | None) -> None:
     write_atomic(output / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
-def zip_predictions(output: Path, sequences: list[Sequence]) -> Path:
+def zip_predictions(output: Path, sequences: list[ScanSource]) -> Path:
     """Pack the label files for the benchmark server: sequences/NN/predictions/NNNNNN.label in `output`.zip."""
     output = output.resolve()
     target = output.with_name(f"{output.name}.zip")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kdmos.data.batch import ScanId
 from kdmos.data.labels import CLASSES, to_classes
+from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -253,7 +253,7 @@ def _rigid(rows: list[str], path: str | Path, where: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Sequence(ScanSource):
     """One sequence folder on disk.
 
     name: what scans are called by, e.g. "08".
@@ -267,18 +267,37 @@ class Sequence:
     frames: tuple[int, ...]
     width: int = 6
 
-    def scan(self, frame: int) -> ScanId:
-        return ScanId(self.name, frame)
-
     def points_path(self, frame: int) -> Path:
         return self.folder / "velodyne" / f"{frame:0{self.width}d}.bin"
 
     def labels_path(self, frame: int) -> Path:
         return self.folder / "labels" / f"{frame:0{self.width}d}.label"
 
-    def prediction_path(self, predictions: str | Path, frame: int) -> Path:
-        """Where the label file of a frame lies below a folder of predictions: the benchmark server's layout."""
-        return Path(predictions) / "sequences" / self.name / "predictions" / f"{frame:0{self.width}d}.label"
+    def where(self, frame: int) -> str:
+        return str(self.points_path(frame))
+
+    def num_points(self, frame: int) -> int | None:
+        """By the size of its file; 0 where that is a broken link."""
+        path = self.points_path(frame)
+        return path.stat().st_size // POINT_BYTES if path.exists() else 0
+
+    def stamps(self) -> np.ndarray | None:
+        """Seconds, from times.txt, whose row i belongs to frame number i; None without it.
+
+        Raises: InputError if it lacks rows or holds something else.
+        """
+        path = self.folder / "times.txt"
+        if not path.exists():
+            return None
+        try:
+            times = np.array([float(row) for row in _read_text(path, "times").split()])
+        except ValueError:
+            times = np.zeros(0)
+        if len(times) <= self.frames[-1] or not np.isfinite(times).all():
+            raise InputError(
+                f"{path}: expected a time in seconds for each frame up to {self.frames[-1]}, one a row, got {len(times)}"
+            )
+        return times[list(self.frames)]
 
     def read_points(self, frame: int) -> np.ndarray:
         """Points float32 [n, 4] of a frame; see `read_points`."""
@@ -296,11 +315,6 @@ class Sequence:
     @property
     def has_poses(self) -> bool:
         return (self.folder / "poses.txt").exists()
-
-    @property
-    def gaps(self) -> tuple[int, ...]:
-        """Frame numbers missing between the first and the last one."""
-        return tuple(sorted(set(range(self.frames[0], self.frames[-1])) - set(self.frames)))
 
     def poses(self) -> np.ndarray:
         """LiDAR pose of each frame, float64 [len(frames), 4, 4], in the frame of LiDAR 0; see `read_poses`.

@@ -1,0 +1,64 @@
+"""What every kind of input offers: scans under frame numbers, with poses and stamps where they are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from kdmos.data.batch import ScanId
+
+
+class ScanSource:
+    """Scans in the order of their frame numbers, wherever they are from.
+
+    A kind of input derives from it, sets the attributes and says how a scan is read.
+
+    name: What its scans are called by, e.g. "08".
+    frames: Frame numbers, ascending; gaps may occur.
+    width: Digits of a file name, zero-padded.
+    has_poses: Whether `poses` can be read.
+    """
+
+    name: str
+    frames: tuple[int, ...]
+    width: int = 6
+    has_poses: bool = False
+
+    def read_points(self, frame: int) -> np.ndarray:
+        """Points of a frame, float32 [n, 4] = x, y, z (metres, LiDAR frame), remission (0..1); n >= 1.
+
+        Raises: InputError if they cannot be read; the next frame may be read all the same.
+        """
+        raise NotImplementedError
+
+    def poses(self) -> np.ndarray:
+        """LiDAR pose of each frame in one fixed frame, float64 [len(frames), 4, 4].
+
+        Raises: InputError if they are missing or wrong.
+        """
+        raise NotImplementedError
+
+    def where(self, frame: int) -> str:
+        """The scan as messages name it: its file, or its place in one."""
+        raise NotImplementedError
+
+    def num_points(self, frame: int) -> int | None:
+        """Points of a frame, None where only reading it would tell."""
+        return None
+
+    def stamps(self) -> np.ndarray | None:
+        """Time of each frame, seconds, float64 [len(frames)]; None where it is not known."""
+        return None
+
+    def scan(self, frame: int) -> ScanId:
+        return ScanId(self.name, frame)
+
+    def prediction_path(self, predictions: str | Path, frame: int) -> Path:
+        """Where the label file of a frame lies below a folder of predictions: the benchmark server's layout."""
+        return Path(predictions) / "sequences" / self.name / "predictions" / f"{frame:0{self.width}d}.label"
+
+    @property
+    def gaps(self) -> tuple[int, ...]:
+        """Frame numbers missing between the first and the last one."""
+        return tuple(sorted(set(range(self.frames[0], self.frames[-1])) - set(self.frames)))
