@@ -295,7 +295,7 @@ class Sequence(ScanSource):
             times = np.zeros(0)
         if len(times) <= self.frames[-1] or not np.isfinite(times).all():
             raise InputError(
-                f"{path}: expected a time in seconds for each frame up to {self.frames[-1]}, one a row, got {len(times)}"
+                f"{path}: expected a time in seconds for each frame up to {self.frames[-1]}, got {len(times)}"
             )
         return times[list(self.frames)]
 
