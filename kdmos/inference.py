@@ -1,8 +1,9 @@
-"""What `predict` and `teach` share: which sequences, on which device, and a model's logits scan by scan."""
+"""What `predict`, `teach` and the stream share: which sequences and device, and a model's logits scan by scan."""
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
 from kdmos.models import SHIPPED, Rule, Student, Teacher
 from kdmos.models.fast import PRECISIONS, FastStudent, GraphedStudent, usable_precision
-from kdmos.motion import MotionStream
+from kdmos.motion import MotionStream, pose_jump
 from kdmos.ops import native
 
 
@@ -51,18 +52,21 @@ def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> Fas
     return model
 
 
-class _StudentScans:
-    """Scans one after the other, to a student.
+Answer = Callable[[], torch.Tensor]  # computes the logits [n, C] of a scan when called
 
-    `push` takes the next one and returns how to get the logits of the one `lookahead` before it, None while there is
-    none; `flush` the same for those that still wait.
+
+class StudentScans:
+    """Scans one after the other, to a student; what is kept of them is bounded, on their device.
+
+    `push` takes the next one and returns the answer for the one `lookahead` before it, None while there is none;
+    `flush` returns the answers for those that still wait, and begins anew.
     """
 
     def __init__(self, student: Student | FastStudent | Rule) -> None:
         self.student, self.motion = student, MotionStream(student.settings.motion)
         self.waiting: deque[torch.Tensor] = deque()
 
-    def _answer(self, residual: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _answer(self, residual: torch.Tensor) -> Answer:
         points = self.waiting.popleft()
 
         def logits() -> torch.Tensor:
@@ -71,31 +75,38 @@ class _StudentScans:
 
         return logits
 
-    def push(self, points: torch.Tensor, pose: np.ndarray) -> Callable[[], torch.Tensor] | None:
+    def push(self, points: torch.Tensor, pose: np.ndarray) -> Answer | None:
         self.waiting.append(points)
         residual = self.motion.push(points, pose)
         return None if residual is None else self._answer(residual)
 
-    def flush(self) -> Iterator[Callable[[], torch.Tensor]]:
-        return (self._answer(residual) for residual in self.motion.flush())
+    def flush(self) -> list[Answer]:
+        return [self._answer(residual) for residual in self.motion.flush()]
 
 
-class _TeacherScans:
-    """Scans one after the other, to a teacher, which answers at once; as `_StudentScans`."""
+class TeacherScans:
+    """Scans one after the other, to a teacher, which answers at once; as `StudentScans`."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher, size = teacher, teacher.settings.num_scans
         self.scans: deque[torch.Tensor] = deque(maxlen=size)
         self.poses: deque[np.ndarray] = deque(maxlen=size)
 
-    def push(self, points: torch.Tensor, pose: np.ndarray) -> Callable[[], torch.Tensor]:
+    def push(self, points: torch.Tensor, pose: np.ndarray) -> Answer:
         self.scans.append(points)
         self.poses.append(pose)
         scans, poses = list(self.scans), torch.from_numpy(np.stack(self.poses))
         return lambda: self.teacher.point_logits(scans, poses)
 
-    def flush(self) -> Iterator[Callable[[], torch.Tensor]]:
-        return iter(())
+    def flush(self) -> list[Answer]:
+        self.scans.clear()
+        self.poses.clear()
+        return []
+
+
+def scans_to(model: Model) -> StudentScans | TeacherScans:
+    """A fresh sequence of scans for a model."""
+    return TeacherScans(model) if isinstance(model, Teacher) else StudentScans(model)
 
 
 @torch.inference_mode()
@@ -108,7 +119,7 @@ def sequence_logits(
     """Logits of a model for the scans of a sequence, in frame order.
 
     A scan that cannot be read yields its error and counts as empty in the windows of the others; one whose window
-    the model cannot use yields an error too.
+    the model cannot use yields an error too. Where the poses jump, windows begin anew, with a warning.
 
     Args:
         model: In eval mode, on `device`.
@@ -120,10 +131,10 @@ def sequence_logits(
     Raises: InputError if the poses are missing or wrong.
     """
     poses, settings = sequence.poses(), model.settings
-    stream = _TeacherScans(model) if isinstance(model, Teacher) else _StudentScans(model)
+    stream = scans_to(model)
     waiting: deque[tuple[int, np.ndarray | InputError]] = deque()
 
-    def answer(logits: Callable[[], torch.Tensor]) -> tuple[int, ScanLogits | InputError | None]:
+    def answer(logits: Answer) -> tuple[int, ScanLogits | InputError | None]:
         frame, finite = waiting.popleft()
         if isinstance(finite, InputError):
             return frame, finite
@@ -139,7 +150,13 @@ def sequence_logits(
     start = max(0, wanted[0] - settings.history) if wanted else len(sequence.frames)
     stop = wanted[-1] + settings.lookahead + 1 if wanted else len(sequence.frames)
     yield from ((frame, None) for frame in sequence.frames[:start])
+    before = None
     for frame, pose in zip(sequence.frames[start:stop], poses[start:stop]):
+        jump = before and pose_jump(before[1], pose, frame - before[0])
+        before = frame, pose
+        if jump:
+            warnings.warn(f"{sequence.scan(frame)}: {jump}; what came before is not compared with it", stacklevel=2)
+            yield from map(answer, stream.flush())
         try:
             points = sequence.read_points(frame)
             finite = np.isfinite(points).all(1)
@@ -151,8 +168,7 @@ def sequence_logits(
         logits = stream.push(torch.from_numpy(points).to(device), pose)
         if logits is not None:
             yield answer(logits)
-    for logits in stream.flush():
-        yield answer(logits)
+    yield from map(answer, stream.flush())
     yield from ((frame, None) for frame in sequence.frames[stop:])
 
 

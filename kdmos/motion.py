@@ -13,6 +13,7 @@ from torch import Tensor
 from kdmos import ops
 from kdmos.settings import MotionSettings, ResidualGrid, StudentSettings, TeacherSettings
 
+MAX_STEP = 20.0  # metres from scan to scan: 200 m/s at 10 Hz, 100 m/s at 5 Hz
 RUN = 16  # scans whose channels are computed together: enough for the threads of a desktop, 0.1 GB
 
 
@@ -201,6 +202,21 @@ def warn_of_incomplete(sequence, settings: MotionSettings | StudentSettings | Te
             f"and {settings.lookahead} after it that belong to a whole window",
             stacklevel=3,
         )
+
+
+def pose_jump(before: np.ndarray, pose: np.ndarray, scans: float = 1.0) -> str | None:
+    """What is impossible about the way from one pose to another, None if nothing is.
+
+    Scans on either side of such a jump do not lie in one frame: compared, all that stands would move.
+
+    Args:
+        before, pose: [4, 4], LiDAR poses in one fixed frame, metres.
+        scans: How many scans apart they are.
+    """
+    step = float(np.linalg.norm(np.asarray(pose)[:3, 3] - np.asarray(before)[:3, 3]))
+    if step <= MAX_STEP * max(scans, 1.0):
+        return None
+    return f"the pose jumps by {step:.0f} m (possible: {MAX_STEP:g} m from scan to scan)"
 
 
 def moving_by_rule(residual: Tensor) -> Tensor:

@@ -222,6 +222,20 @@ def _read_text(path: str | Path, what: str) -> str:
         raise _unreadable(path, what, error) from None
 
 
+def rigid_fault(matrix: np.ndarray) -> str | None:
+    """What keeps a matrix, 3 x 4 or 4 x 4, from being a rigid transform; None if nothing does."""
+    if matrix.shape not in ((3, 4), (4, 4)) or not np.isfinite(matrix).all():
+        return f"is not a matrix of 3 x 4 or 4 x 4 finite numbers, but {'x'.join(map(str, matrix.shape))}"
+    rotation = matrix[:3, :3]
+    error, determinant = np.abs(rotation @ rotation.T - np.eye(3)).max(), np.linalg.det(rotation)
+    if error <= RIGID_TOLERANCE and determinant > 0 and np.array_equal(matrix[3:], np.eye(4)[3 : len(matrix)]):
+        return None
+    return (
+        f"is not a rigid transform: R R^T is off the identity by {error:.2g} (allowed {RIGID_TOLERANCE:g}), det R is "
+        f"{determinant:.3g} (expected 1)"
+    )
+
+
 def _rigid(rows: list[str], path: str | Path, where: str) -> np.ndarray:
     """Rows of 12 numbers as float64 [S, 4, 4]; `where` is what the message calls row {} (from 1)."""
     values = np.empty((len(rows), 12))
@@ -237,16 +251,9 @@ def _rigid(rows: list[str], path: str | Path, where: str) -> np.ndarray:
                 f"values '{row.strip()[:40]}...'; every scan needs its row"
             )
     values = values.reshape(-1, 3, 4)
-    rotation = values[:, :, :3]
-    error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
-    broken = (error > RIGID_TOLERANCE) | (np.linalg.det(rotation) < 0)
-    if broken.any():
-        i = broken.argmax()
-        raise InputError(
-            f"{path}: {where.format(i + 1)} is not a rigid transform: R R^T is off the identity by "
-            f"{error[i]:.2g} (allowed {RIGID_TOLERANCE:g}), det R is {np.linalg.det(rotation[i]):.3g} (expected 1); "
-            "check the scale and order of its numbers"
-        )
+    for i, fault in enumerate(map(rigid_fault, values)):
+        if fault:
+            raise InputError(f"{path}: {where.format(i + 1)} {fault}; check the scale and order of its numbers")
     matrices = np.tile(np.eye(4), (len(values), 1, 1))
     matrices[:, :3] = values
     return matrices
