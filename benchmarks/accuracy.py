@@ -12,7 +12,7 @@ import numpy as np
 
 from kdmos import metrics
 from kdmos.data.labels import CLASSES, to_classes
-from kdmos.data.semantic_kitti import find_sequences
+from kdmos.data.semantic_kitti import Sequence, find_sequences
 from kdmos.errors import InputError
 from kdmos.models import Teacher, load_model
 from kdmos.predict import choose_device, predict_sequence
@@ -23,17 +23,10 @@ NAMES = CLASSES[4]
 STATIC, MOVING = NAMES.index("static"), NAMES.index("moving")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("checkpoint", help="a student, a teacher, or 'rule'")
-    parser.add_argument("--frames", type=int, nargs=2, help="score these frames only, both ends included")
-    arguments = parser.parse_args()
-    device = choose_device("auto")
-    model = load_model(arguments.checkpoint, device)
-    first, last = arguments.frames or (0, 10**9)
+def moving_scores(model, sequences: list[Sequence], device="cpu", first: int = 0, last: int = 10**9) -> dict:
+    """What a model gets right of the frames first..last of labelled sequences: moving IoU, precision, recall."""
     table, scans = np.zeros((len(NAMES), len(NAMES)), np.int64), 0
-    for sequence in find_sequences(arguments.data):
+    for sequence in sequences:
         for frame, result in predict_sequence(model, sequence, device):
             if isinstance(result, InputError):
                 raise result
@@ -45,17 +38,33 @@ def main() -> None:
             table += metrics.confusion(truth, predicted, len(NAMES))
             scans += 1
     scored = metrics.ignore_truth(table, 0)
-    row = {
-        "data": arguments.data.resolve().name,
-        "frames": f"{first}-{last}" if arguments.frames else "all",
+    return {
         "scans": scans,
-        "checkpoint": Path(arguments.checkpoint).name,
-        "form": f"{model.settings.num_scans} scans" if isinstance(model, Teacher) else model.settings.motion.form,
-        "lookahead": model.settings.lookahead,
         "moving_points": int(scored[MOVING].sum()),
         "moving_iou": round(metrics.moving_iou(table, MOVING), 4),
         "precision": round(float(metrics.precision(scored)[MOVING]), 4),
         "recall": round(float(metrics.recall(scored)[MOVING]), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("checkpoint", help="a student, a teacher, or 'rule'")
+    parser.add_argument("--frames", type=int, nargs=2, help="score these frames only, both ends included")
+    arguments = parser.parse_args()
+    device = choose_device("auto")
+    model = load_model(arguments.checkpoint, device)
+    first, last = arguments.frames or (0, 10**9)
+    scores = moving_scores(model, find_sequences(arguments.data), device, first, last)
+    row = {
+        "data": arguments.data.resolve().name,
+        "frames": f"{first}-{last}" if arguments.frames else "all",
+        "scans": scores.pop("scans"),
+        "checkpoint": Path(arguments.checkpoint).name,
+        "form": f"{model.settings.num_scans} scans" if isinstance(model, Teacher) else model.settings.motion.form,
+        "lookahead": model.settings.lookahead,
+        **scores,
     }
     print(row)
     print(f"appended to {rows.append('accuracy', row, device.type)}")
