@@ -1,6 +1,6 @@
 """Moving IoU of what `kdmos demo` trains, with and without distillation, as rows of results/demo.csv.
 
-python -m benchmarks.demo [--seeds 3] [--output runs/demo] [--real DRIVE]
+python -m benchmarks.demo [--seeds 3] [--output runs/demo] [--real DRIVE] [--teacher mambamos] [--config FILE]
 
 Each row is one method and seed on one data set. What `output` holds already is not trained again.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kdmos.config import load_config
 from kdmos.data.semantic_kitti import find_sequences
-from kdmos.demo import RULE, SPEEDS, STREETS, print_scores, recall_by_speed, run_demo
+from kdmos.demo import RULE, SPEEDS, STREETS, TEACHERS, print_scores, recall_by_speed, run_demo
 
 from . import rows
 
@@ -22,9 +22,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--real", type=Path, help="a labelled real sequence, e.g. ../shared/realdata/kitti-raw-0005-a")
+    parser.add_argument("--teacher", default="demo", choices=TEACHERS)
+    parser.add_argument("--config", default="demo", help="of the students")
     arguments = parser.parse_args()
-    held_out, on_real = run_demo(arguments.output, arguments.real, arguments.seeds)
-    config = load_config("demo")
+    held_out, on_real = run_demo(
+        arguments.output, arguments.real, arguments.seeds, arguments.config, teacher=arguments.teacher
+    )
+    config = load_config(arguments.config)
     found = [
         recall_by_speed(sequence, arguments.output / "rule" / "held_out")
         for sequence in find_sequences(arguments.output / "data", config.data.valid)
@@ -40,8 +44,9 @@ def main() -> None:
                     "data": data or arguments.real.name,
                     "streets_seed": STREETS.seed,
                     "method": method,
+                    "teacher": arguments.teacher,
                     "seed": "" if method == RULE else seed,
-                    "lookahead": config.student.motion.lookahead,
+                    "lookahead": run["made_with"]["lookahead"],
                     "epochs": config.epochs,
                     "scans": score["scans"],
                     "moving_points": score["moving_points"],

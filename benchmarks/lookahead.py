@@ -1,10 +1,12 @@
 """What waiting is worth: moving IoU of the demo's student for several look-aheads, as rows of results/lookahead.csv.
 
-    python -m benchmarks.lookahead [--seeds 3] [--output runs/demo] [--draw docs/lookahead.png]
+    python -m benchmarks.lookahead [--seeds 3] [--output runs/demo] [--forms 0,3,7,causal] [--teacher mambamos]
+    python -m benchmarks.lookahead --draw docs/lookahead.png
 
-Each student learns from labels alone, on the streets of `make demo`, and differs in look-ahead or form only. All are
-scored on those frames of the held-out street for which every form has all its scans, and on the whole street. What
-`output` holds already is not trained again. --draw makes the picture from the rows of the newest commit.
+Each student learns on the streets of `make demo`, from labels alone or also from the logits of a teacher that `kdmos demo
+--teacher` left in `output`, and differs in look-ahead or form only. All are scored on those frames of the held-out street for which every form has all its scans, and on the whole street. What
+`output` holds already is not trained again. --draw makes the picture from the
+newest rows of students without a teacher.
 """
 
 from __future__ import annotations
@@ -30,23 +32,20 @@ FORMS = [
     MotionSettings("causal"),
 ]
 HZ = 10.0  # of the sensor
-FIRST = max(motion.history for motion in FORMS)
-LAST = STREETS.scans - 1 - max(motion.lookahead for motion in FORMS)
+FIRST = max(motion.history for motion in FORMS.values())
+LAST = STREETS.scans - 1 - max(motion.lookahead for motion in FORMS.values())
 
 
-def train(output: Path, motion: MotionSettings, seed: int) -> Path:
+def train(output: Path, motion: MotionSettings, teacher: str, seed: int) -> Path:
     """The last checkpoint of a student with these motion channels."""
-    name = f"lookahead_{motion.form}_{motion.lookahead}_{seed}"
-    return train_once(
-        load_config(
-            "demo",
-            [
-                *(f"data.root={output / 'data'}", f"data.cache={output / 'motion'}", f"output={output / name}"),
-                *(f"student.motion.form={motion.form}", f"student.motion.lookahead={motion.lookahead}"),
-                *(f"seed={seed}", "distill=null"),
-            ],
-        )
-    )
+    name, distill = f"lookahead_{motion.form}_{motion.lookahead}_{teacher or 'alone'}_{seed}", ["distill=null"]
+    if teacher:
+        distill = [f"distill.logits={output / 'logits'}", f"distill.teacher={teacher}"]
+    elif motion == MotionSettings():
+        name = f"alone_{seed}"  # the one that the demo trains
+    places = [f"data.root={output / 'data'}", f"output={output / name}", f"data.cache={output / 'motion'}"]
+    settings = [f"student.motion.form={motion.form}", f"student.motion.lookahead={motion.lookahead}", f"seed={seed}"]
+    return train_once(load_config("demo", [*places, *settings, *distill]))
 
 
 def draw(path: Path) -> None:
@@ -57,7 +56,9 @@ def draw(path: Path) -> None:
 
     with open(rows.RESULTS / "lookahead.csv", newline="") as file:
         found = list(csv.DictReader(file))
-    found = [row for row in found if row["commit"] == found[-1]["commit"] and row["frames"] != "all"]
+    found = [row for row in found if row["frames"] != "all" and not row["teacher"]]
+    newest = {(row["form"], row["lookahead"], row["seed"]): row for row in found}
+    found = list(newest.values())
     figure = Figure(figsize=(7, 4), facecolor=PAGE, dpi=130, layout="constrained")
     axes = figure.subplots()
     for form, colour in (("published", MOVING), ("causal", HIT)):
@@ -82,6 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--forms", default=",".join(FORMS), help="look-aheads of the published form, or causal")
+    parser.add_argument("--teacher", default="", help="distil from logits/NAME in the output folder")
     parser.add_argument("--draw", type=Path, help="only draw the rows that are there")
     arguments = parser.parse_args()
     if arguments.draw:
@@ -91,11 +94,19 @@ def main() -> None:
     synthesize(arguments.output / "data", STREETS)
     held_out = find_sequences(arguments.output / "data", config.data.valid)
     for seed in range(arguments.seeds):
-        for motion in FORMS:
-            student = load_student(train(arguments.output, motion, seed))
+        for motion in (FORMS[name] for name in arguments.forms.split(",")):
+            student = load_student(train(arguments.output, motion, arguments.teacher, seed))
             for frames, bounds in ((f"{FIRST}-{LAST}", (FIRST, LAST)), ("all", ())):
-                row = {"data": "held-out street", "frames": frames, "form": motion.form, "lookahead": motion.lookahead}
-                row |= {"seed": seed, "epochs": config.epochs, **moving_scores(student, held_out, "cpu", *bounds)}
+                row = {
+                    "data": "held-out street",
+                    "frames": frames,
+                    "form": motion.form,
+                    "lookahead": motion.lookahead,
+                    "teacher": arguments.teacher,
+                    "seed": seed,
+                    "epochs": config.epochs,
+                    **moving_scores(student, held_out, "cpu", *bounds),
+                }
                 print(row)
                 rows.append("lookahead", row)
 

@@ -20,11 +20,12 @@ from rich.table import Table as Printed
 
 from kdmos.checkpoint import load
 from kdmos.command import run
-from kdmos.config import Config, dump_config, load_config
+from kdmos.config import Config, TeacherConfig, dump_config, load_config
 from kdmos.data.semantic_kitti import Sequence, find_sequences, read_labels
 from kdmos.data.synthetic.lidar import SENSORS
+from kdmos.errors import InputError
 from kdmos.evaluate import PICTURE_EXTENT, evaluate_predictions
-from kdmos.models import Rule, load_student
+from kdmos.models import Rule, load_model
 from kdmos.picture import bev_picture
 from kdmos.predict import made_with, predict_data
 from kdmos.report import (
@@ -55,9 +56,13 @@ RULE, TEACHER, ALONE, DISTILLED = "training-free rule", "teacher", "student, lab
 DRAWN = (RULE, DISTILLED)
 NOTES = {
     RULE: "A point moves if half of its motion channels are non-zero. Knows nothing of shapes.",
-    TEACHER: "MotionBEV, the light network that KDMOS is made from: a weak teacher. MambaMOS takes longer to train.",
     ALONE: "KDMOS, cross-entropy and Lovasz loss.",
     DISTILLED: "The same weights to begin with, the same scans in the same order, and as many steps; WDCD besides.",
+}
+# Teachers by the name of their logits: folder, config (None: the students'), settings, and what the report says.
+TEACHERS = {
+    "demo": ("teacher", None, ("student.name=motionbev", "distill=null"), "MotionBEV, which KDMOS is made from."),
+    "mambamos": ("mambamos", "teacher_demo", (), "MambaMOS, a small one. It sees no future scan."),
 }
 
 
@@ -73,8 +78,8 @@ def stage(name: str, spent: dict[str, float]):
     spent[name] = time.perf_counter() - started
 
 
-def train_once(config: Config) -> Path:
-    """The last student of a run, which is only trained if it is not there yet."""
+def train_once(config: Config | TeacherConfig) -> Path:
+    """The last student or teacher of a run, which is only trained if it is not there yet."""
     last, resolved = config.output / LAST, config.output / "config.yaml"
     if last.exists() and resolved.read_text() == dump_config(config) and load(last)[1].get("epoch") == config.epochs:
         print(f"{last}: is there")
@@ -84,29 +89,34 @@ def train_once(config: Config) -> Path:
 
 
 def train_all(
-    output: Path, streets: SynthSettings, seeds: int, config: str, spent: dict[str, float]
+    output: Path, streets: SynthSettings, seeds: int, config: str, teacher: str, spent: dict[str, float]
 ) -> tuple[Config, dict[str, list[Path | None]]]:
     """Streets, the teacher and its logits, and the students: the students' settings, and {method: checkpoints}."""
     data, logits = output / "data", output / "logits"
-    places = [f"data.root={data}", f"distill.logits={logits}", f"data.cache={output / 'motion'}"]
+    folder, teacher_config, teacher_settings, _ = TEACHERS[teacher]
 
-    def settings(name: str, seed: int, *overrides: str) -> Config:
-        return load_config(config, [*places, f"output={output / name}", f"seed={seed}", *overrides])
+    def settings(name: str, seed: int, *overrides: str, of: str = config) -> Config | TeacherConfig:
+        places = [f"data.root={data}", f"output={output / name}", f"seed={seed}"]
+        if of == config:  # students, of either network, have motion channels
+            places.append(f"data.cache={output / 'motion'}")
+        return load_config(of, [*places, *overrides])
 
     with stage("streets", spent):
         made = synthesize(data, streets, progress=sys.stderr.isatty())
         print(f"{streets.sequences} sequences of {streets.scans} scans in {data}, {made} of them made now")
     with stage("teacher", spent):
-        teacher = train_once(settings("teacher", 0, "student.name=motionbev", "distill=null"))
-    student = settings("student", 0)
+        taught_by = train_once(settings(folder, 0, *teacher_settings, of=teacher_config or config))
+    distilled = (f"distill.logits={logits}", f"distill.teacher={teacher}")
+    student = settings("student", 0, *distilled)
     with stage("teacher's logits", spent):
-        teach(data, teacher, student.distill.teacher, logits, ",".join(student.data.train))
-    checkpoints = {RULE: [None], TEACHER: [teacher], ALONE: [], DISTILLED: []}
+        teach(data, taught_by, teacher, logits, ",".join(student.data.train))
+    checkpoints = {RULE: [None], TEACHER: [taught_by], ALONE: [], DISTILLED: []}
     for seed in range(seeds):
         with stage(f"{ALONE}, seed {seed}", spent):
             checkpoints[ALONE].append(train_once(settings(f"alone_{seed}", seed, "distill=null")))
         with stage(f"{DISTILLED}, seed {seed}", spent):
-            checkpoints[DISTILLED].append(train_once(settings(f"distilled_{seed}", seed)))
+            name = f"distilled_{seed}" if teacher == "demo" else f"distilled_{teacher}_{seed}"
+            checkpoints[DISTILLED].append(train_once(settings(name, seed, *distilled)))
     return student, checkpoints
 
 
@@ -141,7 +151,7 @@ def predict_and_score(
     labelled = all(sequence.has_labels for sequence in sequences)
     for method, students in checkpoints.items():
         for checkpoint in students:
-            student = Rule(motion).eval() if checkpoint is None else load_student(checkpoint)
+            student = Rule(motion).eval() if checkpoint is None else load_model(checkpoint)
             folder = (output / "rule" if checkpoint is None else checkpoint.parent) / place
             predict_data(student, sequences, folder, manifest=made_with(student, checkpoint or "rule", data))
             first = method not in results.folders
@@ -217,12 +227,13 @@ def pairs_table(scores: dict[str, list[dict]]) -> Table:
     return Table("With and without distillation, moving IoU, %", ["", "labels alone", "distilled", "difference"], rows)
 
 
-def held_out_sections(results: Results, checkpoints: dict, sequences: list[Sequence]) -> list[Section]:
+def held_out_sections(results: Results, checkpoints: dict, sequences: list[Sequence], teacher: str) -> list[Section]:
     curves = {name: [training_curves(c.parent) for c in cs] for name, cs in checkpoints.items() if name != RULE}
     steps = [step for step, _ in curves[DISTILLED][0]["val/moving_iou"]]
     rule = results.scores[RULE][0]["total"]["moving_iou"]
     curves[RULE] = [{"val/moving_iou": [(step, rule) for step in steps]}]
-    methods = [Method(name, results.scores[name], curves[name], NOTES[name]) for name in checkpoints]
+    notes = {**NOTES, TEACHER: TEACHERS[teacher][-1]}
+    methods = [Method(name, results.scores[name], curves[name], notes[name]) for name in checkpoints]
     figures = Figures({method.name: method.score(lambda run: run["total"]["moving_iou"]) for method in methods})
     by_speed, pairs = speed_table(results.folders, sequences), pairs_table(results.scores)
     return [
@@ -257,7 +268,12 @@ def facts(student: Config, streets: SynthSettings, spent: dict[str, float]) -> F
 
 
 def run_demo(
-    output: Path, real: Path | None = None, seeds: int = 1, config: str = "demo", streets: SynthSettings = STREETS
+    output: Path,
+    real: Path | None = None,
+    seeds: int = 1,
+    config: str = "demo",
+    streets: SynthSettings = STREETS,
+    teacher: str = "demo",
 ) -> tuple[Results, Results | None]:
     """All of it: what the methods say of the held-out street, and of the real sequence if there is one.
 
@@ -267,16 +283,20 @@ def run_demo(
         seeds: Pairs of students.
         config: Of the students.
         streets: The data set; the config says which of its sequences are held out.
+        teacher: One of `TEACHERS`.
+    Raises: InputError for a teacher that is none of them.
     """
+    if teacher not in TEACHERS:
+        raise InputError(f"--teacher {teacher}: one of {', '.join(TEACHERS)}")
     if real is not None:
         for sequence in find_sequences(real):  # what is wrong with it, now and not after ten minutes
             sequence.poses()
     spent: dict[str, float] = {}
-    student, checkpoints = train_all(output, streets, seeds, config, spent)
+    student, checkpoints = train_all(output, streets, seeds, config, teacher, spent)
     with stage("evaluation", spent):
         data, names, motion = student.data.root, student.data.valid, student.student.motion
         held_out = predict_and_score(data, names, checkpoints, output, "held_out", motion)
-        sections = held_out_sections(held_out, checkpoints, find_sequences(data, names))
+        sections = held_out_sections(held_out, checkpoints, find_sequences(data, names), teacher)
     on_real = None
     if real is not None:
         with stage("a real sequence", spent):
@@ -306,12 +326,15 @@ def demo(
     real: Annotated[Path | None, typer.Option(help="A real sequence, or a data root, to try the students on.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Students with and without distillation; one seed each.")] = 1,
     config: Annotated[str, typer.Option(help="Of the students: YAML file or name.")] = "demo",
+    teacher: Annotated[
+        str, typer.Option(help="demo: a MotionBEV, two minutes; mambamos: a small MambaMOS, half an hour.")
+    ] = "demo",
 ) -> None:
     """Make streets, train a teacher, cache its logits, train students with and without it, and compare.
 
     Writes report.html and everything that it is made from. No data and no GPU are needed; ten minutes on two cores.
     """
-    held_out, on_real = run_demo(output, real, seeds, config)
+    held_out, on_real = run_demo(output, real, seeds, config, teacher=teacher)
     print_scores(held_out.scores, "a street that none of them saw")
     if on_real and on_real.scores:
         print_scores(on_real.scores, f"zero-shot on {real.resolve().name}")
