@@ -3,10 +3,10 @@
     python -m benchmarks.lookahead [--seeds 3] [--output runs/demo] [--forms 0,3,7,causal] [--teacher mambamos]
     python -m benchmarks.lookahead --draw docs/lookahead.png
 
-Each student learns on the streets of `make demo`, from labels alone or also from the logits of a teacher that `kdmos demo
---teacher` left in `output`, and differs in look-ahead or form only. All are scored on those frames of the held-out street for which every form has all its scans, and on the whole street. What
-`output` holds already is not trained again. --draw makes the picture from the
-newest rows of students without a teacher.
+Each student learns on the streets of `make demo`, from labels alone or also from the logits of a teacher that
+`kdmos demo --teacher` left in `output`, and differs in look-ahead or form only. All are scored on those frames of the
+held-out street for which every form has all its scans, and on the whole street. What `output` holds already is not
+trained again. --draw makes the picture from the newest rows of students without a teacher.
 """
 
 from __future__ import annotations

@@ -87,10 +87,12 @@ def compare(case: Case, device: str, rounds: int) -> dict:
 
 
 @cache
-def real_scans(folder: str | None, count: int = 16) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray], str]:
+def real_scans(
+    folder: str | None, count: int = 16, sensor: str = "hdl64"
+) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray], str]:
     """Scans, their LiDAR poses and classes, and where they are from: a sequence folder, or a synthetic street."""
     if folder is None:
-        return _synthetic_scans(count)
+        return _synthetic_scans(count, sensor)
     from kdmos.data.labels import CLASSES, to_classes
     from kdmos.data.semantic_kitti import find_sequences
 
@@ -103,16 +105,16 @@ def real_scans(folder: str | None, count: int = 16) -> tuple[list[np.ndarray], n
     return scans, sequence.poses()[: len(frames)].copy(), labels, Path(folder).resolve().name
 
 
-def _synthetic_scans(count: int):
+def _synthetic_scans(count: int, sensor: str):
     import tempfile
 
     from kdmos.data.synthetic.lidar import load_sensor
     from kdmos.synth import SynthSettings, synthesize
 
     with tempfile.TemporaryDirectory() as folder:
-        synthesize(Path(folder), SynthSettings(load_sensor("hdl64"), sequences=1, scans=count))
+        synthesize(Path(folder), SynthSettings(load_sensor(sensor), sequences=1, scans=count))
         scans, poses, labels, _ = real_scans.__wrapped__(f"{folder}/sequences/00", count)
-    return scans, poses, labels, "synthetic hdl64"
+    return scans, poses, labels, f"synthetic {sensor}"
 
 
 def main(op: str, cases: Callable[[argparse.Namespace], list[Case]], description: str | None, argv=None) -> list[dict]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -45,8 +47,12 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(help="Runs of either side, in turns, after 3 to warm up.")] = 15,
     append: Annotated[bool, typer.Option("--append", help="Add the rows to benchmarks/results/*.csv.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Instead: latency from raw scan to labels, scan by scan.")
+    ] = False,
+    scans: Annotated[int, typer.Option(help="With --stream: how many, after 20 to warm up.", min=1)] = 100,
 ) -> None:
-    """Compare speed with the authors' arrangement in plain torch and numpy.
+    """Compare speed with the authors' arrangement in plain torch and numpy; or measure a stream end to end.
 
     Both sides run in turns in one process; medians. "limit" is the least time the work can take here, by the measured
     copy bandwidth or the rate of a matrix product, and how much of our time that is.
@@ -59,6 +65,14 @@ def bench(
     package, console = benchmarks_package(), Console()
     rows, timing = (import_module(f"{package}.{name}") for name in ("rows", "timing"))
     folder = None if sequence is None else str(sequence)
+    if stream:
+        bench_stream(
+            import_module(f"{package}.bench_stream").measure(folder, device, scans=scans),
+            rows,
+            device if append else None,
+            console,
+        )
+        return
     table = Table(
         "benchmark",
         "case",
@@ -83,6 +97,20 @@ def bench(
             console.print(f"{name}: {row['case']}: {row['ratio']:.1f}x")
             if append:
                 rows.append(name, row, device)
+    console.print(table)
+
+
+def bench_stream(found: Iterable[dict], rows: ModuleType, device: str | None, console: Console) -> None:
+    """Print the rows of benchmarks/bench_stream.py; append them if a device is given."""
+    table = Table(title="the shipped student, from raw scan to labels in memory")
+    for row in found:
+        shown = {key: value for key, value in row.items() if key not in ("checkpoint", "form")}
+        if not table.columns:
+            for key in shown:
+                table.add_column(key.replace("_", " "))
+        table.add_row(*map(str, shown.values()))
+        if device is not None:
+            rows.append("stream", row, device)
     console.print(table)
 
 

@@ -40,3 +40,28 @@ def test_rows_are_appended_under_one_header(tmp_path, monkeypatch):
     assert read[0]["torch"] == torch.__version__
     with pytest.raises(ValueError, match=r"op\.csv: has the columns"):
         rows.append("op", {"other": 1})
+
+
+def test_a_stream_end_to_end(capsys, write_sequence, tmp_path):
+    """Each precision that the machine computes in, at both paces; every scan is answered or skipped."""
+    module = __import__(f"{bench.benchmarks_package()}.bench_stream", fromlist=["measure"])
+    found = list(
+        module.measure(str(write_sequence(tmp_path / "00")), precisions=("float32",), scans=10, checkpoint="rule")
+    )
+    assert [row["pace"] for row in found] == list(module.PACES) and found[0]["count"] == 10
+    for row in found:
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["peak_mib"] > 50
+        assert row["lookahead"] == 7 and row["scans"] == "00"
+    assert found[0]["skipped"] == 0
+    assert found[0]["network_ms"] and found[1]["network_ms"] == ""
+
+
+def test_the_rows_of_a_stream_are_printed_and_kept(capsys, monkeypatch, tmp_path):
+    package = bench.benchmarks_package()
+    module, rows = (__import__(f"{package}.{name}", fromlist=["x"]) for name in ("bench_stream", "rows"))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "measure", lambda *_, scans: [{"precision": "float32", "count": scans, "p50_ms": 1.5}])
+    assert run_main("--stream", "--scans", "7", "--append", "--device", "cpu") == 0
+    assert "1.5" in capsys.readouterr().out
+    with open(tmp_path / "stream.csv") as file:
+        assert [row["count"] for row in csv.DictReader(file)] == ["7"]
