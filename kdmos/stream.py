@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from kdmos.data.labels import to_raw
-from kdmos.data.semantic_kitti import MAX_ODD_SHARE, MAX_REMISSION, rigid_fault
+from kdmos.data.poses import rigid_fault
+from kdmos.data.profile import SensorProfile, load_profile
+from kdmos.data.semantic_kitti import MAX_ODD_SHARE, MAX_REMISSION
 from kdmos.errors import InputError
 from kdmos.inference import Answer, Model, choose_device, prepared, scans_to
 from kdmos.models import load_model
@@ -83,6 +85,8 @@ class MosStream:
         lookahead, form: What the caller counts on; refused unless the checkpoint was trained so.
         classes: 2 gives 9 and 251; 4 also 250 for movable.
         smoothing: Scans over which the moving probability is fused, see `BayesFilter`; 0: not at all.
+        sensor: How the LiDAR differs from the one that the student knows: a profile, or the YAML of one. Points out of
+            its range or field of view are labelled 9.
         timed: Measure the stages, waiting for the device after each.
     Raises: InputError for a checkpoint, device, precision, look-ahead or form that does not fit.
     """
@@ -96,6 +100,7 @@ class MosStream:
         form: str | None = None,
         classes: int = 2,
         smoothing: int = 0,
+        sensor: SensorProfile | str | Path | None = None,
         timed: bool = False,
     ) -> None:
         if isinstance(checkpoint, torch.nn.Module):
@@ -112,6 +117,7 @@ class MosStream:
         to_raw(np.zeros(0, int), self.model.classes, classes, self.model.moving)
         self.classes, self.timed = classes, timed
         self.smoothing = BayesFilter(smoothing) if smoothing else None
+        self.profile = sensor if sensor is None or isinstance(sensor, SensorProfile) else load_profile(sensor)
         self.reset()
 
     @property
@@ -157,7 +163,7 @@ class MosStream:
             new.drop_points()
             return self._result(new)
         with self._stage("odometry", new):
-            new.pose = self._read_pose(pose, new)
+            new.pose = self._read_pose(pose, points, new)
         if new.pose is None:
             new.drop_points()
         else:
@@ -168,7 +174,7 @@ class MosStream:
             self._pose, self._elapsed = new.pose, 0.0
         self._waiting.append(new)
         with self._stage("residual", new):
-            answer = self._scans.push(new.points, np.eye(4) if self._pose is None else self._pose)
+            answer = self._scans.push(new.points, np.eye(4) if self._pose is None else self._of_points(self._pose))
         if answer is not None:
             self._complete([answer])
         return self._result(self._waiting.popleft()) if self._waiting[0].answer else None
@@ -194,27 +200,33 @@ class MosStream:
         shape = tuple(np.shape(points))
         nothing = torch.zeros(0, 4, device=self.device), np.zeros(shape[0] if shape else 0, bool)
         if len(shape) != 2 or shape[1] != 4:
-            notes.append(f"expected points [n, 4] = x, y, z, remission, got {list(shape)}: the scan cannot be used")
+            notes.append(f"expected points [n, 4] = x, y, z, remission, got {list(shape)}: it is left out")
             return nothing
-        if isinstance(points, Tensor):
-            scan = points.detach().to(self.device, torch.float32, copy=True)
+        if self.profile is None:
+            if isinstance(points, Tensor):
+                scan = points.detach().to(self.device, torch.float32, copy=True)
+            else:
+                scan = torch.tensor(np.asarray(points, np.float32), device=self.device)
+            kept = scan.isfinite().all(1)
         else:
-            scan = torch.tensor(np.asarray(points, np.float32), device=self.device)
-        finite, remission = scan.isfinite().all(1), scan[:, 3]
-        odd = ((remission < 0) | (remission > MAX_REMISSION)) & finite
-        num_finite, num_odd = torch.stack([finite.sum(), odd.sum()]).tolist()
-        if num_finite == 0:
-            what = f"none of its {shape[0]} points is finite" if shape[0] else "the scan is empty"
-            notes.append(f"{what}: it cannot be used")
+            used, mask = self.profile.apply(points.numpy(force=True) if isinstance(points, Tensor) else points)
+            scan, kept = torch.zeros(shape, device=self.device), torch.tensor(mask, device=self.device)
+            scan[kept] = torch.tensor(used, device=self.device)
+        odd = ((scan[:, 3] < 0) | (scan[:, 3] > MAX_REMISSION)) & kept
+        num_kept, num_odd = torch.stack([kept.sum(), odd.sum()]).tolist()
+        if num_kept == 0:
+            what = f"none of its {shape[0]} points can be used" if shape[0] else "the scan is empty"
+            notes.append(f"{what}: it is left out")
             return nothing
-        if num_odd > MAX_ODD_SHARE * num_finite:
-            low, high = (float(bound(remission[finite])) for bound in (torch.min, torch.max))
-            notes.append(f"the 4th column runs from {low:g} to {high:g}, expected remission, 0..1: it cannot be used")
+        if num_odd > MAX_ODD_SHARE * num_kept:
+            low, high = (float(bound(scan[kept, 3])) for bound in (torch.min, torch.max))
+            notes.append(f"the 4th column runs from {low:g} to {high:g}, expected remission, 0..1: it is left out")
             return nothing
-        if num_finite == shape[0]:
+        if num_kept == shape[0]:
             return scan, np.ones(shape[0], bool)
-        notes.append(f"{shape[0] - num_finite} of its {shape[0]} points are not finite and are labelled 9")
-        return scan[finite], finite.cpu().numpy()
+        if self.profile is None:
+            notes.append(f"{shape[0] - num_kept} of its {shape[0]} points are not finite and are labelled 9")
+        return scan[kept], kept.cpu().numpy()
 
     def _is_late(self, new: _Waiting) -> bool:
         """Whether the scan is not later than the one before it. Otherwise its stamp counts, and a gap is noted."""
@@ -237,30 +249,36 @@ class MosStream:
         self._elapsed += elapsed
         return False
 
-    def _read_pose(self, pose: np.ndarray | Tensor | None, new: _Waiting) -> np.ndarray | None:
+    def _read_pose(
+        self, pose: np.ndarray | Tensor | None, points: np.ndarray | Tensor, new: _Waiting
+    ) -> np.ndarray | None:
         """The scan's pose as it was given or from odometry; None, with a note, for a scan that cannot be used."""
         if self._has_poses is None:
             self._has_poses = pose is not None
         if not self._has_poses:
             if pose is not None:
                 new.notes.append("its pose is not used, because the scans before it came without")
-            return self._odometry_pose(new) if len(new.points) else None
+            return self._odometry_pose(points, new.stamp) if len(new.points) else None
         if pose is None:
-            new.notes.append("it has no pose: it cannot be used")
+            new.notes.append("it has no pose: it is left out")
             return None
-        pose = np.asarray(pose.cpu() if isinstance(pose, Tensor) else pose, np.float64)
+        pose = np.asarray(pose.numpy(force=True) if isinstance(pose, Tensor) else pose, np.float64)
         fault = rigid_fault(pose)
         if fault:
-            new.notes.append(f"its pose {fault}: it cannot be used")
+            new.notes.append(f"its pose {fault}: it is left out")
             return None
         return pose.copy()
 
-    def _odometry_pose(self, new: _Waiting) -> np.ndarray:
+    def _odometry_pose(self, points: np.ndarray | Tensor, stamp: float | None) -> np.ndarray:
         if self._odometry is None:
             from kdmos.odometry import Odometry
 
             self._odometry = Odometry()
-        return self._odometry.push(new.points.cpu().numpy(), new.stamp)
+        return self._odometry.push(points.numpy(force=True) if isinstance(points, Tensor) else points, stamp)
+
+    def _of_points(self, pose: np.ndarray) -> np.ndarray:
+        """The pose of the points as the network gets them."""
+        return pose if self.profile is None else self.profile.apply_to_pose(pose)
 
     # --- a result goes out
 
@@ -296,7 +314,7 @@ class MosStream:
         probabilities, moving = logits.softmax(1), self.model.moving
         if not self.smoothing:
             return logits.argmax(1), probabilities[:, moving]
-        fused = self.smoothing.update(scan.points, scan.pose, probabilities[:, moving])
+        fused = self.smoothing.update(scan.points, self._of_points(scan.pose), probabilities[:, moving])
         probabilities[:, moving] = -1  # the likeliest of the others, where it does not move
         return torch.where(fused > 0.5, moving, probabilities.argmax(1)), fused
 

@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from kdmos.data.labels import to_raw
+from kdmos.data.profile import SensorProfile
 from kdmos.data.semantic_kitti import Sequence, find_sequences
+from kdmos.data.synthetic.lidar import load_sensor
 from kdmos.errors import InputError
 from kdmos.inference import prepared
 from kdmos.models import Rule, build_student, load_model, load_student, save_model
+from kdmos.odometry import Odometry
 from kdmos.predict import predict_sequence
 from kdmos.settings import MotionSettings, PolarGrid
 from kdmos.smoothing import BayesFilter
 from kdmos.stream import BackgroundStream, MosStream
+from kdmos.synth import SynthSettings, synthesize
 
 GRID = PolarGrid(bins=(48, 32, 8))
 FORMS = [MotionSettings(lookahead=lookahead) for lookahead in range(8)] + [MotionSettings("causal")]
@@ -132,7 +136,7 @@ UNUSABLE = {
     "no remission": (np.zeros((50, 3), np.float32), r"got \[50, 3\]"),
     "flat": (np.zeros(200, np.float32), r"got \[200\]"),
     "empty": (np.zeros((0, 4), np.float32), "the scan is empty"),
-    "nothing finite": (np.full((50, 4), np.nan, np.float32), "none of its 50 points is finite"),
+    "nothing finite": (np.full((50, 4), np.nan, np.float32), "none of its 50 points can be used"),
     "remission in bytes": (drawn() * [1, 1, 1, 255], "4th column runs from .* expected remission"),
 }
 
@@ -300,6 +304,41 @@ def test_memory_stays_flat(one_thread):
             seen.append((tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     assert seen[1][0] == seen[0][0]  # nothing is kept ...
     assert seen[1][1] - seen[0][1] < 4096  # ... and the peak moves by less than 4 MiB, 64 of these scans
+
+
+def test_odometry_where_no_pose_is_given(tmp_path, one_thread):
+    pytest.importorskip("kiss_icp")
+    synthesize(tmp_path, SynthSettings(load_sensor("small"), seed=1, sequences=1, scans=6))
+    (street,) = find_sequences(tmp_path)
+    stream, odometry = now(), Odometry()
+    for frame in street.frames:
+        points = street.read_points(frame)
+        result = stream.push(points, stamp=0.1 * frame)
+        assert not result.notes and np.array_equal(result.pose, odometry.push(points, 0.1 * frame))
+    assert np.linalg.norm(result.pose[:3, 3]) > 1  # it drove
+    result = stream.push(points, np.eye(4), 0.7)
+    assert result.notes == ("its pose is not used, because the scans before it came without",)
+    assert stream.push(drawn()[:0]).pose is None
+
+
+def test_a_sensor_profile(sequence, tmp_path, one_thread):
+    """A sensor 0.5 m higher, scaled remission, half of the view: as the same points given ready-made."""
+    (tmp_path / "sensor.yaml").write_text("{height: 2.23, remission_scale: 100, field_of_view: [-90, 90]}")
+    model = student(MotionSettings(lookahead=0))
+    plain, profiled = MosStream(model), MosStream(model, sensor=tmp_path / "sensor.yaml")
+    for frame, pose in zip(sequence.frames, sequence.poses()):
+        points = sequence.read_points(frame)
+        ahead = np.abs(np.arctan2(points[:, 1], points[:, 0])) <= np.pi / 2
+        given = points * np.array([1, 1, 1, 100], np.float32) - np.array([0, 0, 0.5, 0], np.float32)
+        result, expected = profiled.push(given, pose), plain.push(points[ahead], pose)
+        assert not result.notes and np.array_equal(result.pose, pose)
+        assert not result.moving_probability[~ahead].any() and (result.labels[~ahead] == 9).all()
+        # the shift back and forth costs the last digits of z: a point on a border may change its cell
+        close = np.isclose(result.moving_probability[ahead], expected.moving_probability, atol=1e-3)
+        assert close.mean() > 0.99
+    behind = given[given[:, 0] < -1]
+    assert profiled.push(behind, pose).notes == (f"none of its {len(behind)} points can be used: it is left out",)
+    assert "expected remission" in MosStream(model, sensor=SensorProfile(height=2.0)).push(given, pose).notes[0]
 
 
 def test_timed(one_thread):

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from kdmos.data.labels import CLASSES, to_classes
+from kdmos.data.poses import read_poses, read_text
 from kdmos.data.source import ScanSource
-from kdmos.errors import InputError
+from kdmos.errors import InputError, unreadable
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10"),
@@ -36,9 +37,6 @@ POINT_BYTES = 16  # x, y, z, remission as float32
 # lose the scan.
 MAX_REMISSION = 2.0
 MAX_ODD_SHARE = 0.01
-# A rotation rounded to four digits leaves R R^T within 1e-3 of the identity, SuMa's poses (seven digits) within
-# 1e-6. A scale error of 1 % leaves 2e-2, a row cut in the wrong place much more.
-RIGID_TOLERANCE = 1e-2
 MIN_MOVING_POINTS = 10  # a scan with more of them is always trained on; of the others every 10th
 KEEP_EVERY = 10
 
@@ -103,13 +101,7 @@ def _read_values(path: str | Path, dtype: str, what: str) -> tuple[np.ndarray, i
     try:
         return np.fromfile(path, dtype), os.stat(path).st_size
     except OSError as error:
-        raise _unreadable(path, what, error) from None
-
-
-def _unreadable(path: str | Path, what: str, error: OSError) -> InputError:
-    missing = isinstance(error, FileNotFoundError)
-    reason = "does not exist" if missing else f"cannot be read ({error.strerror})"
-    return InputError(f"{path}: the {what} file {reason}; check the path and the sequence folder")
+        raise unreadable(path, what, error) from None
 
 
 def _plausible(points: np.ndarray) -> tuple[bool, np.ndarray]:
@@ -188,77 +180,6 @@ def read_labels(path: str | Path, num_points: int | None) -> np.ndarray:
     return labels
 
 
-def read_poses(poses_path: str | Path, calib_path: str | Path) -> np.ndarray:
-    """LiDAR poses in the frame of scan 0, from camera poses and the calibration: inv(Tr) inv(P_0) P_i Tr.
-
-    Args:
-        poses_path: Text, row i = P_i, the pose of camera 0 in the world at frame number i: 3 x 4, row by row.
-        calib_path: Text with a row `Tr:`, camera 0 from LiDAR, as 3 x 4.
-    Returns: float64 [S, 4, 4], frame of LiDAR 0 from that of LiDAR i, for frame numbers 0..S-1, metres.
-    Raises: InputError if a file or the row `Tr:` is missing, a row has not 12 finite numbers, or a matrix is not
-        rigid.
-    """
-    lines = _read_text(poses_path, "poses").rstrip().splitlines()
-    if not lines:
-        raise InputError(f"{poses_path}: holds no pose; expected one row of 12 numbers a scan")
-    poses = _rigid(lines, poses_path, "line {}")
-
-    rows = [line.partition(":") for line in _read_text(calib_path, "calibration").splitlines()]
-    found = [numbers for key, _, numbers in rows if key.strip() == "Tr"]
-    if not found:
-        keys = ", ".join(key.strip() for key, colon, _ in rows if colon) or "none"
-        raise InputError(
-            f"{calib_path}: expected a row 'Tr:' (camera 0 from LiDAR, 12 numbers), found {keys}; for KITTI raw "
-            "data write R0_rect * Tr_velo_to_cam under that name"
-        )
-    camera_from_lidar = _rigid(found[:1], calib_path, "row 'Tr:'")[0]
-    return np.linalg.inv(camera_from_lidar) @ np.linalg.inv(poses[0]) @ poses @ camera_from_lidar
-
-
-def _read_text(path: str | Path, what: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise _unreadable(path, what, error) from None
-
-
-def rigid_fault(matrix: np.ndarray) -> str | None:
-    """What keeps a matrix, 3 x 4 or 4 x 4, from being a rigid transform; None if nothing does."""
-    if matrix.shape not in ((3, 4), (4, 4)) or not np.isfinite(matrix).all():
-        return f"is not a matrix of 3 x 4 or 4 x 4 finite numbers, but {'x'.join(map(str, matrix.shape))}"
-    rotation = matrix[:3, :3]
-    error, determinant = np.abs(rotation @ rotation.T - np.eye(3)).max(), np.linalg.det(rotation)
-    if error <= RIGID_TOLERANCE and determinant > 0 and np.array_equal(matrix[3:], np.eye(4)[3 : len(matrix)]):
-        return None
-    return (
-        f"is not a rigid transform: R R^T is off the identity by {error:.2g} (allowed {RIGID_TOLERANCE:g}), det R is "
-        f"{determinant:.3g} (expected 1)"
-    )
-
-
-def _rigid(rows: list[str], path: str | Path, where: str) -> np.ndarray:
-    """Rows of 12 numbers as float64 [S, 4, 4]; `where` is what the message calls row {} (from 1)."""
-    values = np.empty((len(rows), 12))
-    for i, row in enumerate(rows):
-        numbers = row.split()
-        try:
-            values[i] = [float(number) for number in numbers] if len(numbers) == 12 else np.nan
-        except ValueError:
-            values[i] = np.nan
-        if not np.isfinite(values[i]).all():
-            raise InputError(
-                f"{path}: {where.format(i + 1)} is not 12 finite numbers (3 x 4, row by row) but {len(numbers)} "
-                f"values '{row.strip()[:40]}...'; every scan needs its row"
-            )
-    values = values.reshape(-1, 3, 4)
-    for i, fault in enumerate(map(rigid_fault, values)):
-        if fault:
-            raise InputError(f"{path}: {where.format(i + 1)} {fault}; check the scale and order of its numbers")
-    matrices = np.tile(np.eye(4), (len(values), 1, 1))
-    matrices[:, :3] = values
-    return matrices
-
-
 @dataclass(frozen=True)
 class Sequence(ScanSource):
     """One sequence folder on disk.
@@ -297,7 +218,7 @@ class Sequence(ScanSource):
         if not path.exists():
             return None
         try:
-            times = np.array([float(row) for row in _read_text(path, "times").split()])
+            times = np.array([float(row) for row in read_text(path, "times").split()])
         except ValueError:
             times = np.zeros(0)
         if len(times) <= self.frames[-1] or not np.isfinite(times).all():
@@ -425,7 +346,7 @@ def drop_static_scans(
 
 def _listed_frames(sequence: Sequence, list_file: str | Path) -> tuple[int, ...]:
     listed = set()
-    for number, line in enumerate(_read_text(list_file, "list").splitlines(), start=1):
+    for number, line in enumerate(read_text(list_file, "list").splitlines(), start=1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue

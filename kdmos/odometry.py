@@ -1,0 +1,85 @@
+"""LiDAR poses from the scans alone, by KISS-ICP (RA-L 2023)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdmos.data.poses import between
+from kdmos.errors import InputError
+
+MAX_RANGE = 100.0  # metres; beyond, a scan is too sparse to be registered
+
+
+class Odometry:
+    """The pose of each scan of a sequence that arrives scan by scan.
+
+    What is kept is a map of the points within `MAX_RANGE`: it does not grow with the length of the sequence.
+
+    Args:
+        threads: With one, the same scans give the same poses to the last bit. 0: all cores; the last digits may then
+            differ from run to run.
+    Raises: InputError if kiss-icp is not installed.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        try:
+            from kiss_icp.config.parser import load_config
+            from kiss_icp.kiss_icp import KissICP
+        except ImportError as error:
+            raise InputError(
+                "odometry needs kiss-icp: pip install 'kdmos[odometry]', or give poses of your own"
+            ) from error
+        config = load_config(None)
+        config.data.max_range, config.data.min_range = MAX_RANGE, 0.0
+        config.data.deskew = True  # no effect without the points' times
+        config.registration.max_num_threads = threads
+        self._fresh = lambda: KissICP(config)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next scan is the first of a sequence."""
+        self._icp = self._fresh()
+        self._started = False
+        self._stamp: float | None = None  # of the last scan
+        self._step: float | None = None  # seconds over which the last motion was made
+
+    def push(self, points: np.ndarray, stamp: float | None = None, times: np.ndarray | None = None) -> np.ndarray:
+        """Take the next scan.
+
+        Args:
+            points: [n, >= 3], any float type: x, y, z in metres, LiDAR frame. Non-finite ones are left out. Without
+                any (a scan that was lost) the last motion goes on: constant velocity.
+            stamp: Seconds; where both the last scan and this one have one, a gap between them lengthens the motion
+                that the registration starts from.
+            times: [n], when each point was measured, any unit, ascending. With them the scan is registered as if
+                taken at its end; without, as if all points were measured at once.
+        Returns: float64 [4, 4], LiDAR frame of the first scan from this one's.
+        Raises: ValueError for another shape.
+        """
+        points = np.asarray(points)
+        if points.ndim != 2 or points.shape[1] < 3:
+            raise ValueError(f"expected points [n, >= 3], got {list(points.shape)}")
+        xyz = np.ascontiguousarray(points[:, :3], np.float64)
+        finite = (np.abs(xyz) < MAX_RANGE).all(1)  # false for NaN too; KISS-ICP drops what is beyond
+        times = np.empty(0) if times is None else np.asarray(times, np.float64)[finite]
+        motion = self._expected_motion(stamp)
+        if finite.any():
+            self._icp.last_delta = motion
+            self._icp.register_frame(xyz[finite], times)
+            self._started = True
+        elif self._started:
+            self._icp.last_pose = self._icp.last_pose @ motion
+            self._icp.last_delta = motion
+        return self._icp.last_pose.copy()
+
+    def _expected_motion(self, stamp: float | None) -> np.ndarray:
+        """The last motion, as long as the time since the last scan says; and the time is noted."""
+        motion = self._icp.last_delta
+        step = None if stamp is None or self._stamp is None else stamp - self._stamp
+        self._stamp = stamp
+        if step is None or step <= 0:
+            return motion
+        if self._step is not None:
+            motion = between(np.eye(4), motion, step / self._step)
+        self._step = step
+        return motion
