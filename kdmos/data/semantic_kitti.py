@@ -75,11 +75,12 @@ def split_sequences(split: str, kitti_road: bool = False) -> tuple[str, ...]:
     return SPLITS[split] + road
 
 
-def read_points(path: str | Path) -> np.ndarray:
-    """Points of one scan file, in file order.
+def read_points(path: str | Path, remission_scale: float = 1.0) -> np.ndarray:
+    """Points of one scan file, in file order and as stored.
 
     Args:
-        path: File of float32 x, y, z (metres, LiDAR frame), remission (0..1).
+        path: File of float32 x, y, z (metres, LiDAR frame), remission.
+        remission_scale: What brings the remission to 0..1.
     Returns: float32 [n, 4], n >= 1. Single non-finite points stay in: the caller drops and counts them.
     Raises: InputError if the file cannot be read, is empty, is cut short, has another number of columns (the
         likely one is named), or holds no finite point.
@@ -88,7 +89,7 @@ def read_points(path: str | Path) -> np.ndarray:
     if size == 0:
         raise InputError(f"{path}: the scan is empty (0 bytes); export it again or leave the file out")
     points = values[: len(values) // 4 * 4].reshape(-1, 4)
-    fits, remission = _plausible(points)
+    fits, remission = _plausible(points, remission_scale)
     if size % POINT_BYTES or not fits:
         raise InputError(f"{path}: {_column_fault(values, size, fits, remission)}")
     if not len(remission):
@@ -104,14 +105,26 @@ def _read_values(path: str | Path, dtype: str, what: str) -> tuple[np.ndarray, i
         raise unreadable(path, what, error) from None
 
 
-def _plausible(points: np.ndarray) -> tuple[bool, np.ndarray]:
+def _plausible(points: np.ndarray, remission_scale: float) -> tuple[bool, np.ndarray]:
     """Whether the 4th column can be remission, and that column over the finite points."""
     finite = np.isfinite(points)
     remission = points[:, 3]
     if not finite.all():  # column by column: all(axis=1) over four columns is six times slower
         remission = remission[finite[:, 0] & finite[:, 1] & finite[:, 2] & finite[:, 3]]
-    odd = np.count_nonzero((remission < 0) | (remission > MAX_REMISSION))
-    return odd <= MAX_ODD_SHARE * len(remission), remission
+    return not is_odd(remission, remission_scale), remission
+
+
+def is_odd(remission: np.ndarray, scale: float = 1.0) -> bool:
+    """Whether these values [n] cannot be remission that `scale` brings to 0..1: more than noise is far outside."""
+    odd = np.count_nonzero((remission < 0) | (remission > MAX_REMISSION * scale))
+    return odd > MAX_ODD_SHARE * len(remission)
+
+
+def likely_scale(remission: np.ndarray) -> int:
+    """The full scale that sensors use and nearly all of these values [n] stay below."""
+    scales = (100, 255, 4095, 65535)
+    top = np.quantile(remission, 1 - MAX_ODD_SHARE)
+    return next((scale for scale in scales if top <= scale), int(top))
 
 
 def _column_fault(values: np.ndarray, size: int, fits: bool, remission: np.ndarray) -> str:
@@ -127,7 +140,10 @@ def _column_fault(values: np.ndarray, size: int, fits: bool, remission: np.ndarr
     if columns == 3:
         advice = "the file likely has 3 columns: add a remission column (0 where it is not known)"
     elif columns == 4 and whole:
-        advice = "the file likely has 4 columns but another remission scale: divide by the full one, e.g. 255"
+        advice = (
+            "the file likely has 4 columns but another remission scale: divide by the full one, likely "
+            f"{likely_scale(remission)} (kdmos predict: remission_scale in a --sensor file)"
+        )
     elif columns == 4:
         advice = "the file likely has 4 columns and was cut short: copy or export it again"
     elif columns:
@@ -188,12 +204,14 @@ class Sequence(ScanSource):
     folder: holds velodyne/ and, where known, labels/, poses.txt and calib.txt.
     frames: frame numbers in velodyne/, ascending; gaps may occur.
     width: digits of a file name, zero-padded; 6 in SemanticKITTI.
+    remission_scale: what brings the remission to 0..1; points come as stored, it only tells whether they can be.
     """
 
     name: str
     folder: Path
     frames: tuple[int, ...]
     width: int = 6
+    remission_scale: float = 1.0
 
     def points_path(self, frame: int) -> Path:
         return self.folder / "velodyne" / f"{frame:0{self.width}d}.bin"
@@ -229,7 +247,7 @@ class Sequence(ScanSource):
 
     def read_points(self, frame: int) -> np.ndarray:
         """Points float32 [n, 4] of a frame; see `read_points`."""
-        return read_points(self.points_path(frame))
+        return read_points(self.points_path(frame), self.remission_scale)
 
     def read_labels(self, frame: int, num_points: int | None) -> np.ndarray:
         """Raw labels uint32 [n] of a frame; see `read_labels`."""
@@ -261,13 +279,16 @@ class Sequence(ScanSource):
         return read_poses(self.folder / "poses.txt", self.folder / "calib.txt")
 
 
-def find_sequences(root: str | Path, names: Iterable[str] | None = None) -> list[Sequence]:
+def find_sequences(
+    root: str | Path, names: Iterable[str] | None = None, remission_scale: float = 1.0
+) -> list[Sequence]:
     """Sequences under a folder, in the order of `names`, else by name.
 
     Args:
         root: A data root (holds sequences/NN/), its `sequences` folder, or one bare sequence folder (holds
             velodyne/), whose name is the folder's.
         names: Which sequences; None means all that have scans.
+        remission_scale: What brings their remission to 0..1.
     Raises: InputError if a path or a named sequence is missing, there is no scan, or its name is no number.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))  # a name for "."; symbolic links keep theirs
@@ -290,10 +311,10 @@ def find_sequences(root: str | Path, names: Iterable[str] | None = None) -> list
     missing = [name for name in wanted if name not in folders]
     if missing:
         raise InputError(f"{root}: no sequence {', '.join(missing)}; found {', '.join(folders)}")
-    return [_sequence(name, folders[name]) for name in wanted]
+    return [_sequence(name, folders[name], remission_scale) for name in wanted]
 
 
-def _sequence(name: str, folder: Path) -> Sequence:
+def _sequence(name: str, folder: Path, remission_scale: float) -> Sequence:
     # Names with a leading dot are the leftovers of copying tools ("._000000.bin"), never scans.
     stems = sorted(f[:-4] for f in os.listdir(folder / "velodyne") if f.endswith(".bin") and f[0] != ".")
     if not stems:
@@ -312,7 +333,7 @@ def _sequence(name: str, folder: Path) -> Sequence:
                 f"{folder / 'velodyne'}: {shortest}.bin and {stem}.bin are padded differently; rename the scans to "
                 "one width, like 000000.bin"
             )
-    return Sequence(name, folder, tuple(sorted(map(int, stems))), width)
+    return Sequence(name, folder, tuple(sorted(map(int, stems))), width, remission_scale)
 
 
 def drop_static_scans(

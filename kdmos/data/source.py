@@ -26,7 +26,9 @@ class ScanSource:
     has_poses: bool = False
 
     def read_points(self, frame: int) -> np.ndarray:
-        """Points of a frame, float32 [n, 4] = x, y, z (metres, LiDAR frame), remission (0..1); n >= 1.
+        """Points of a frame, float32 [n, 4] = x, y, z (metres, LiDAR frame), remission; n >= 1.
+
+        They come as stored: with non-finite ones, and with the sensor's scale of remission, see `SensorProfile.apply`.
 
         Raises: InputError if they cannot be read; the next frame may be read all the same.
         """
