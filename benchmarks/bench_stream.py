@@ -33,27 +33,54 @@ def endless(scans: list, poses: np.ndarray) -> Iterator[tuple]:
     return ((scans[i], poses[i]) for i in cycle(order))
 
 
-def at_full_speed(stream, source: Iterator[tuple], scans: int) -> tuple[list[float], list, int]:
-    """Seconds of each scan, the results, scans skipped."""
-    times, results = [], []
-    for points, pose in islice(source, scans + WARM_UP):
+class Found:
+    """What is kept of a run: no result, of which thousands would fill the memory that is measured."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []  # of each scan
+        self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        self.skipped = 0
+        self.resident: list[float] = []  # MiB, after each scan
+
+    def take(self, seconds: float, result) -> None:
+        self.seconds.append(seconds)
+        self.resident.append(resident())
+        for stage, times in self.stages.items():
+            if result is not None and result.seconds:
+                times.append(result.seconds[stage])
+
+
+def resident() -> float:
+    """MiB of memory that the process has now (Linux)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def at_full_speed(stream, source: Iterator[tuple], scans: int) -> Found:
+    found = Found()
+    for number, (points, pose) in enumerate(islice(source, scans + WARM_UP)):
         start = time.perf_counter()
-        results.append(stream.push(points, pose))
-        times.append(time.perf_counter() - start)
-    return times[WARM_UP:], results[WARM_UP:], 0
+        result = stream.push(points, pose)
+        seconds = time.perf_counter() - start
+        if number >= WARM_UP:
+            found.take(seconds, result)
+    return found
 
 
-def at_the_sensors_rate(stream, source: Iterator[tuple], scans: int) -> tuple[list[float], list, int]:
-    """As `at_full_speed`; seconds from a scan's arrival until the result that it completes."""
+def at_the_sensors_rate(stream, source: Iterator[tuple], scans: int) -> Found:
+    """Seconds from a scan's arrival until the result that it completes."""
     from kdmos.stream import BackgroundStream
 
-    background, arrived, times, results = BackgroundStream(stream), [], {}, []
+    background, arrived, found, answered = BackgroundStream(stream), [], Found(), []
 
     def take() -> None:
+        completed = WARM_UP - 1
         for result in background.results():
-            completing = result.scan_id + result.late_by  # the last one's flush completes nothing more
-            times.setdefault(completing, time.perf_counter() - arrived[completing])
-            results.append(result)
+            answered.append(result.scan_id)
+            completing = result.scan_id + result.late_by
+            if completing > completed:  # what the end flushes completes nothing more
+                found.take(time.perf_counter() - arrived[completing], result)
+                completed = completing
 
     consumer = threading.Thread(target=take)
     consumer.start()
@@ -64,8 +91,8 @@ def at_the_sensors_rate(stream, source: Iterator[tuple], scans: int) -> tuple[li
         background.put(points, pose)
     background.close()
     consumer.join()
-    measured = list(times.values())
-    return measured[min(WARM_UP, len(measured) // 2) :], results, scans + WARM_UP - len(results)
+    found.skipped = scans + WARM_UP - len(answered)
+    return found
 
 
 PACES = {"full speed": at_full_speed, f"{HZ:g} Hz": at_the_sensors_rate}
@@ -91,17 +118,20 @@ def measure(
             stream = MosStream(load_model(checkpoint, device), precision=precision, timed=pace == "full speed")
             if precision != "float32" and stream.model.dtype == torch.float32:
                 break  # not computed here
-            times, results, skipped = run(stream, endless(clouds, poses), scans)
-            p50, p95, p99 = np.percentile(np.array(times) * 1e3, [50, 95, 99]).round(2).tolist()
-            row = {"scans": name, "points": int(np.median([len(cloud) for cloud in clouds])), "count": len(times)}
-            row |= {"checkpoint": checkpoint, "form": stream.model.settings.motion.form}
-            row |= {"lookahead": stream.lookahead, "precision": precision, "pace": pace, "skipped": skipped}
-            for stage in STAGES:
-                spent = [result.seconds[stage] for result in results if result is not None and result.seconds]
+            found = run(stream, endless(clouds, poses), scans)
+            p50, p95, p99 = np.percentile(np.array(found.seconds) * 1e3, [50, 95, 99]).round(2).tolist()
+            row = {"scans": name, "points": int(np.median([len(cloud) for cloud in clouds]))}
+            row |= {"count": len(found.seconds), "checkpoint": checkpoint, "form": stream.model.settings.motion.form}
+            row |= {"lookahead": stream.lookahead, "precision": precision, "pace": pace, "skipped": found.skipped}
+            for stage, spent in found.stages.items():
                 row[f"{stage}_ms"] = round(1e3 * float(np.median(spent)), 2) if spent else ""
             row |= {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "scans_per_s": round(1e3 / p50, 2)}
             peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_of_process()
-            row["peak_mib"] = round(peak)
+            # what the second half of the scans added to the memory that the process holds
+            grown = max(found.resident[len(found.resident) // 2 :]) - max(
+                found.resident[: len(found.resident) // 2 + 1]
+            )
+            row |= {"peak_mib": round(peak), "grown_mib": round(grown, 1)}
             yield row
 
 
