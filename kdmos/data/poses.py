@@ -103,9 +103,7 @@ def _read_tum(lines: list[str], path: str | Path) -> tuple[np.ndarray, np.ndarra
     same = np.nonzero(np.diff(stamps) <= 0)[0]
     if len(same):
         raise InputError(f"{path}: two rows have the stamp {values[same[0], 0]:.9g}; every pose needs its own time")
-    poses = np.tile(np.eye(4), (len(values), 1, 1))
-    poses[:, :3, :3], poses[:, :3, 3] = _rotation(values[:, 4:]), values[:, 1:4]
-    return poses, stamps
+    return pose_matrices(values[:, 1:4], values[:, 4:]), stamps
 
 
 def _at(wanted: np.ndarray, stamps: np.ndarray, poses: np.ndarray, source: ScanSource, path: str | Path) -> np.ndarray:
@@ -147,14 +145,19 @@ def between(first: np.ndarray, second: np.ndarray, share: np.ndarray | float) ->
     with np.errstate(invalid="ignore", divide="ignore"):
         curved = (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
     quaternion = np.where(angle < 1e-9, (1 - share) * a + share * b, curved)
-    out = np.zeros((*quaternion.shape[:-1], 4, 4))
-    out[..., :3, :3], out[..., 3, 3] = _rotation(quaternion), 1
-    out[..., :3, 3] = (1 - share) * first[..., :3, 3] + share * second[..., :3, 3]
-    return out
+    return pose_matrices((1 - share) * first[..., :3, 3] + share * second[..., :3, 3], quaternion)
+
+
+def pose_matrices(positions: np.ndarray, quaternions: np.ndarray) -> np.ndarray:
+    """Poses of positions [..., 3] and quaternions [..., 4] = x, y, z, w of any length: float64 [..., 4, 4]."""
+    quaternions = np.asarray(quaternions, np.float64)
+    matrices = np.zeros((*quaternions.shape[:-1], 4, 4))
+    matrices[..., :3, :3], matrices[..., :3, 3], matrices[..., 3, 3] = _rotation(quaternions), positions, 1
+    return matrices
 
 
 def _rotation(quaternion: np.ndarray) -> np.ndarray:
-    """Rotations [..., 3, 3] of quaternions [..., 4] = x, y, z, w of any length."""
+    """Rotations [..., 3, 3] of quaternions [..., 4]."""
     x, y, z, w = np.moveaxis(quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True), -1, 0)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
