@@ -23,28 +23,40 @@ NAMES = CLASSES[4]
 STATIC, MOVING = NAMES.index("static"), NAMES.index("moving")
 
 
+class Tally:
+    """Counts what is moving and predicted to, scan by scan."""
+
+    def __init__(self) -> None:
+        self.table, self.scans = np.zeros((len(NAMES), len(NAMES)), np.int64), 0
+
+    def add(self, sequence: Sequence, frame: int, moving: np.ndarray) -> None:
+        """A scan of a labelled sequence; moving: bool [n], as predicted."""
+        truth = to_classes(sequence.read_labels(frame, len(moving)), NAMES, sequence.labels_path(frame))
+        self.table += metrics.confusion(truth, np.where(moving, MOVING, STATIC), len(NAMES))
+        self.scans += 1
+
+    def scores(self) -> dict:
+        """Moving IoU, precision and recall; unlabeled points do not count."""
+        scored = metrics.ignore_truth(self.table, 0)
+        return {
+            "scans": self.scans,
+            "moving_points": int(scored[MOVING].sum()),
+            "moving_iou": round(metrics.moving_iou(self.table, MOVING), 4),
+            "precision": round(float(metrics.precision(scored)[MOVING]), 4),
+            "recall": round(float(metrics.recall(scored)[MOVING]), 4),
+        }
+
+
 def moving_scores(model, sequences: list[Sequence], device="cpu", first: int = 0, last: int = 10**9) -> dict:
-    """What a model gets right of the frames first..last of labelled sequences: moving IoU, precision, recall."""
-    table, scans = np.zeros((len(NAMES), len(NAMES)), np.int64), 0
+    """What a model gets right of the frames first..last of labelled sequences."""
+    tally = Tally()
     for sequence in sequences:
         for frame, result in predict_sequence(model, sequence, device):
             if isinstance(result, InputError):
                 raise result
-            if not first <= frame <= last:
-                continue
-            raw = sequence.read_labels(frame, len(result.predicted))
-            truth = to_classes(raw, NAMES, sequence.labels_path(frame))
-            predicted = np.where(result.predicted == model.moving, MOVING, STATIC)
-            table += metrics.confusion(truth, predicted, len(NAMES))
-            scans += 1
-    scored = metrics.ignore_truth(table, 0)
-    return {
-        "scans": scans,
-        "moving_points": int(scored[MOVING].sum()),
-        "moving_iou": round(metrics.moving_iou(table, MOVING), 4),
-        "precision": round(float(metrics.precision(scored)[MOVING]), 4),
-        "recall": round(float(metrics.recall(scored)[MOVING]), 4),
-    }
+            if first <= frame <= last:
+                tally.add(sequence, frame, result.predicted == model.moving)
+    return tally.scores()
 
 
 def main() -> None:
