@@ -8,7 +8,7 @@ import pytest
 
 from kdmos import picture
 from kdmos.errors import InputError
-from kdmos.picture import bev_picture, read_panels
+from kdmos.picture import DriveMap, Panel, bev_picture, error_marks, moving_marks, panels_picture, read_panels
 
 image = pytest.importorskip("matplotlib.image")
 colors = pytest.importorskip("matplotlib.colors")
@@ -115,3 +115,123 @@ def test_what_cannot_be_drawn(tmp_path, scene, monkeypatch):
     with pytest.raises(InputError, match=r"pip install 'kdmos\[train\]'"):
         bev_picture(tmp_path / "a.png", *scene, "")
     assert not (tmp_path / "a.png").exists()
+
+
+# --- panels of pixels, and the map
+
+
+def pixels_of(drawn, colour):
+    """(x, y) in pixels from the lower left corner where a picture has exactly this colour."""
+    row, column = np.nonzero((np.asarray(drawn) == picture.rgb(colour)).all(2))
+    return np.stack([column, drawn.size[1] - 1 - row], 1)
+
+
+def test_a_panel_of_pixels_has_the_same_places(scene):
+    points, truth, predicted = scene
+    panels = [
+        Panel("truth", moving_marks(truth)),
+        Panel("prediction", moving_marks(predicted)),
+        Panel("errors", error_marks(truth, predicted, np.ones(120, bool))),
+    ]
+    drawn = panels_picture(points, panels, "a title", extent=40, size=400)
+    assert drawn.size == (3 * 412 + 12, 44 + 30 + 400 + 34)
+    middle = np.array([12 + 200, 34 + 200])  # of the first panel, where its sensor is
+    step = [412, 0]  # to the next one
+    for colour, panel, places in (
+        (picture.MOVING, 0, [(0, 100), (-100, 0)]),  # 20 m are 100 pixels: ahead is up, left is left
+        (picture.MOVING, 1, [(0, 100), (100, 0)]),
+        (picture.HIT, 2, [(0, 100)]),
+        (picture.MISSED, 2, [(-100, 0)]),
+        (picture.FALSE_ALARM, 2, [(100, 0)]),
+    ):
+        at = pixels_of(drawn, colour) - middle
+        at = at[(at[:, 1] > -200) & (np.abs(at[:, 0] - 412 * panel) < 200)] - np.multiply(step, panel)
+        # the points lie within 1.5 m of their place, 7.5 pixels, and a dot's radius is one
+        near = np.abs(at[:, None] - np.array(places)).max(2) <= 9
+        assert near.any(1).all() and near.any(0).all()
+
+
+def test_panels_wrap_and_small_ones_have_small_letters(scene):
+    points, truth, _ = scene
+    drawn = panels_picture(points, [Panel(f"{i}", moving_marks(truth)) for i in range(6)], "", size=101)
+    assert drawn.size == (4 * 113 + 12, 44 + 2 * (30 + 101 + 34))
+    assert all(side % 2 == 0 for side in panels_picture(points, [Panel("", [])], "", size=101).size)
+    text = [
+        len(pixels_of(panels_picture(points, [Panel("", [])], "title " * 3, size=size), picture.TEXT))
+        for size in (150, 480)
+    ]
+    assert 0 < text[0] < text[1]
+
+
+def test_the_trajectory_lies_behind_and_ahead():
+    path = np.array([[-20.0, 0], [0, 0], [0, 20]])  # from behind, then to the left
+    points = np.zeros((0, 4), np.float32)
+    without, drawn = (
+        np.asarray(panels_picture(points, [Panel("", [])], "", 40, 400, *more)) for more in ((), (path, 1))
+    )
+    row, column = np.nonzero((without != drawn).any(2))
+    right, up = column - 212, drawn.shape[0] - 1 - row - 234  # of the sensor
+    left, below = np.abs(up) <= 2, np.abs(right) <= 2  # a thin line
+    assert (left | below).all() and right.max() <= 2 and up.max() <= 2
+    assert abs(right[left].min() + 100) <= 2 and abs(up[below].min() + 100) <= 2
+    assert left.sum() < 0.7 * below.sum()  # what comes is dotted
+
+
+def test_residuals_are_marked_by_their_height():
+    low, middle, high = (marks.mask for marks in picture.residual_marks(np.array([0, 0.4, 0.99, 1, 1.9, 2, 4])))
+    np.testing.assert_array_equal(low, [0, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(middle, [0, 0, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(high, [0, 0, 0, 0, 0, 1, 1])
+
+
+def test_the_palette_keeps_the_colours_of_what_is_marked(scene):
+    points, truth, predicted = scene
+    drawn = panels_picture(points, [Panel("", error_marks(truth, predicted, truth | predicted))], "", size=300)
+    again = image.imread(io.BytesIO(picture.png(drawn)), format="png")
+    for colour in (picture.HIT, picture.MISSED, picture.FALSE_ALARM):
+        exact = (np.asarray(drawn) == picture.rgb(colour)).all(2)
+        assert exact.any() and np.array_equal(
+            np.round(again[exact][:, :3] * 255), np.tile(picture.rgb(colour), (exact.sum(), 1))
+        )
+
+
+def test_no_points_and_no_marks():
+    points = np.array([[np.nan, 0, 0, 0], [99, 0, 0, 0]], np.float32)
+    for rows in (points, points[:0]):
+        nothing = moving_marks(np.ones(len(rows), bool))
+        assert panels_picture(rows, [Panel("", nothing), Panel("", [])], r"$\bad$", size=100).size[0] == 2 * 112 + 12
+
+
+def poses_along(steps):
+    poses = np.tile(np.eye(4), (len(steps), 1, 1))
+    poses[:, :2, 3] = steps
+    return poses
+
+
+def test_a_map_is_turned_so_that_the_drive_runs_to_the_right():
+    # to the north, 5 km from the frame's origin, the sensor looking there
+    poses = poses_along([[5000, 7000], [5000, 7030], [5000, 7060]])
+    poses[:, :2, :2] = [[0, -1], [1, 0]]
+    canvas = DriveMap(poses, extent=20, size=200)
+    np.testing.assert_allclose(canvas.path, [[0, 0], [30, 0], [60, 0]], atol=1e-9)
+    assert canvas.height.shape == (160, 400)  # 100 x 40 m, at half a pixel
+    ahead_left = np.array([[10, 5, 1.0, 0], [10, -5, 0, 0], [30, 0, 0, 0], [np.nan, 0, 0, 0]], np.float32)
+    canvas.add(ahead_left, poses[1], np.array([False, True, False, False]))
+    # 40 m from the left border (20 + 30 + 10 = 60 m), 5 m above the middle (25 m): four cells a metre
+    np.testing.assert_array_equal(np.argwhere(np.isfinite(canvas.height)), [[100, 240]])
+    assert canvas.height[100, 240] == 1.0
+    np.testing.assert_array_equal(np.argwhere(canvas.moving), [[60, 240]])
+
+
+@pytest.mark.parametrize("steps", [[[0, 0]], [[0, 0], [0.1, 0], [0, 0]], [[0, 0], [40, 40], [0, 80]]])
+def test_maps_of_all_kinds_of_drives(steps):
+    canvas = DriveMap(poses_along(steps), extent=10, size=400)
+    still = np.random.default_rng(0).uniform(-12, 12, (500, 4)).astype(np.float32)
+    points = np.concatenate([still, blob(5, 0, count=5000)])  # dense enough to fill its pixels
+    for pose in poses_along(steps):
+        canvas.add(points, pose, np.arange(5500) >= 500)
+    drawn = canvas.picture("a drive")
+    above_each_other = canvas.height.shape[1] >= 1.5 * canvas.height.shape[0]
+    x, y = pixels_of(drawn, picture.MOVING).T
+    assert len(x) > 20  # and all of them in the first panel, or in the legend below it
+    assert y.min() > (drawn.size[1] - 44) / 2 if above_each_other else x.max() < drawn.size[0] / 2
