@@ -15,6 +15,7 @@ COMMANDS = {
     "teach": "Cache a teacher's logits for every scan, for training to learn from.",
     "predict": "Write one label per point for every scan of a data set.",
     "evaluate": "Score predictions: moving IoU, per class, by range; pictures, an HTML report.",
+    "view": "Show scans, labels and predictions: in a viewer, as pictures, as a film.",
     "demo": "From nothing to a distilled student and a report, in ten minutes.",
     "bench": "Compare the speed of this machine's build with plain torch, op by op and end to end.",
     "doctor": "Say what is installed, what is built, and what to do about the rest.",

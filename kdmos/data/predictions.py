@@ -1,0 +1,77 @@
+"""What is known of a scan's points beside themselves: their true classes, and whether they were predicted to move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listed
+from pathlib import Path
+
+import numpy as np
+
+from kdmos.data.labels import CLASSES, to_classes
+from kdmos.data.semantic_kitti import Sequence, read_labels
+from kdmos.data.source import ScanSource
+from kdmos.errors import InputError
+
+NAMES = CLASSES[4]
+UNLABELED, MOVING = NAMES.index("unlabeled"), NAMES.index("moving")
+
+
+def predicted_sources(
+    sources: Listed[ScanSource], predictions: str | Path, named: bool = False, scores: bool = False
+) -> list[ScanSource]:
+    """Those of the sources that a folder has predictions of.
+
+    Args:
+        sources: At least one.
+        predictions: Folder that holds sequences/<name>/predictions/, as kdmos predict writes it.
+        named: They were asked for by name: each must have predictions.
+        scores: Predictions are the .score files, not the .label files.
+    Raises: InputError if there is no such folder, or it has predictions of none.
+    """
+    if not Path(predictions).is_dir():
+        raise InputError(f"{predictions}: no such folder; kdmos predict writes it")
+    suffix, option = (".score", " --scores") if scores else (".label", "")
+    folders = {source.name: source.prediction_path(predictions, 0).parent for source in sources}
+    without = [name for name, folder in folders.items() if not any(folder.glob(f"*{suffix}"))]
+    if len(without) == len(sources) or (named and without):
+        raise InputError(
+            f"{folders[without[0]]}: no {suffix} file, so no prediction of sequence {without[0]}; "
+            f"kdmos predict{option} writes them"
+        )
+    return [source for source in sources if source.name not in without]
+
+
+def true_classes(source: ScanSource, frame: int, num_points: int) -> np.ndarray | None:
+    """True class of each point, uint8 [n], indices into `NAMES`; None where the frame has no labels.
+
+    Raises: InputError if they cannot be used.
+    """
+    if not isinstance(source, Sequence) or not source.labels_path(frame).exists():
+        return None
+    return to_classes(source.read_labels(frame, num_points), NAMES, source.labels_path(frame))
+
+
+def predicted_moving(
+    source: ScanSource, predictions: str | Path, frame: int, num_points: int, threshold: float | None = None
+) -> np.ndarray:
+    """Whether each point was predicted to move, bool [n].
+
+    Args:
+        source, predictions, frame: Which scan, and the folder of predictions.
+        num_points: Of the scan.
+        threshold: Moving is what has at least this moving probability; None: what is labelled so.
+    Raises: InputError if there is no prediction of the frame, or it is of another length.
+    """
+    path = source.prediction_path(predictions, frame)
+    path = path if threshold is None else path.with_suffix(".score")
+    if not path.exists():
+        raise InputError(f"{path}: no prediction of this scan")
+    if threshold is None:
+        return to_classes(read_labels(path, num_points), NAMES, path) == MOVING
+    scores = np.fromfile(path, "<f2")
+    if len(scores) != num_points:
+        raise InputError(
+            f"{path}: has {len(scores)} scores, but its scan has {num_points} points; predictions and scans must "
+            "belong together"
+        )
+    return scores >= threshold
