@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "Write one label per point for every scan of a data set.",
     "evaluate": "Score predictions: moving IoU, per class, by range; pictures, an HTML report.",
     "view": "Show scans, labels and predictions: in a viewer, as pictures, as a film.",
+    "clean": "Write sequences, or one map, without their moving points.",
     "demo": "From nothing to a distilled student and a report, in ten minutes.",
     "bench": "Compare the speed of this machine's build with plain torch, op by op and end to end.",
     "doctor": "Say what is installed, what is built, and what to do about the rest.",
