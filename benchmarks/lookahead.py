@@ -25,12 +25,8 @@ from kdmos.synth import synthesize
 from . import rows
 from .accuracy import moving_scores
 
-FORMS = [
-    MotionSettings(lookahead=0),
-    MotionSettings(lookahead=3),
-    MotionSettings(lookahead=7),
-    MotionSettings("causal"),
-]
+FORMS = {str(lookahead): MotionSettings(lookahead=lookahead) for lookahead in (0, 3, 7)}
+FORMS["causal"] = MotionSettings("causal")
 HZ = 10.0  # of the sensor
 FIRST = max(motion.history for motion in FORMS.values())
 LAST = STREETS.scans - 1 - max(motion.lookahead for motion in FORMS.values())

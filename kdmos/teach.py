@@ -257,8 +257,8 @@ def teach(
     sum_turns: Annotated[
         bool, typer.Option("--sum-turns", help="MambaMOS: add the passes' logits, as its authors do.")
     ] = False,
-    draw_points: Annotated[
-        bool, typer.Option("--draw-points", help="MambaMOS: draw the points of any scan, as its authors do.")
+    newest_points: Annotated[
+        bool, typer.Option("--newest-points", help="MambaMOS: voxels by the newest scan's points, not by any scan's.")
     ] = False,
     backend: Annotated[str, typer.Option(help="MambaMOS: auto, native, spconv or mamba.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -283,7 +283,7 @@ def teach(
     model = settings = None
     if checkpoint is not None:
         model = prepared(load_model(checkpoint, where, lookahead=lookahead, force=force), precision)
-        voting = Voting(turns, sum_turns, draw_points)
+        voting = Voting(turns, sum_turns, newest_points)
         if isinstance(model, Teacher):
             model.voting = voting
             try:
@@ -292,7 +292,7 @@ def teach(
                 raise InputError(f"--{error}") from error
         elif voting != Voting() or backend != "auto":
             raise InputError(
-                f"--turns, --sum-turns, --draw-points, --backend: of MambaMOS, and {checkpoint} is a student"
+                f"--turns, --sum-turns, --newest-points, --backend: of MambaMOS, and {checkpoint} is a student"
             )
         settings = teacher_settings(model, checkpoint)
     store = TeacherLogits(output, name or _model(model))

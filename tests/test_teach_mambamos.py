@@ -160,14 +160,14 @@ def test_voting_is_that_of_the_options_and_is_written_down(data, checkpoint, tmp
         "plain": ([], Voting()),
         "turns": (["--turns", 3], Voting(3)),
         "sums": (["--turns", 3, "--sum-turns"], Voting(3, total=True)),
-        "drawn": (["--turns", 3, "--draw-points"], Voting(3, drawn=True)),
+        "newest": (["--turns", 3, "--newest-points"], Voting(3, newest=True)),
     }
     teacher, seen = load_teacher(checkpoint), []
     for name, (extra, voting) in options.items():
         command = [data, "--checkpoint", checkpoint, "--output", tmp_path / "logits"]
         assert run(*command, "--name", name, *extra) == 0
         header = TeacherLogits(tmp_path / "logits", name).verify(sequence.scan(4), sequence.points_path(4))
-        assert header["settings"]["voting"] == {"turns": voting.turns, "total": voting.total, "drawn": voting.drawn}
+        assert header["settings"]["voting"] == {"turns": voting.turns, "total": voting.total, "newest": voting.newest}
         teacher.voting = voting
         skip = frozenset(sequence.frames) - {4}
         logits = dict(sequence_logits(teacher, sequence, skip=skip))[4].logits
@@ -337,13 +337,13 @@ def test_the_time_of_the_rest_is_said_once(capsys):
 # --- what is refused, what is listed
 
 
-@pytest.mark.parametrize("option", [["--turns", "2"], ["--sum-turns"], ["--draw-points"], ["--backend", "spconv"]])
+@pytest.mark.parametrize("option", [["--turns", "2"], ["--sum-turns"], ["--newest-points"], ["--backend", "spconv"]])
 def test_voting_is_not_for_students(data, tmp_path, capsys, option):
     save_model(tmp_path / "student.safetensors", build_student(grid=PolarGrid(bins=(16, 16, 2))))
     for student in (tmp_path / "student.safetensors", "rule"):
         assert run(data, "--checkpoint", student, "--output", tmp_path / "logits", *option) == 2
         error = capsys.readouterr().err
-        assert f"--draw-points, --backend: of MambaMOS, and {student} is a student" in error
+        assert f"--newest-points, --backend: of MambaMOS, and {student} is a student" in error
         assert len(error.splitlines()) == 1
     assert not (tmp_path / "logits").exists()
 

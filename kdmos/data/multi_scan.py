@@ -104,13 +104,11 @@ def find_voxels(window: Window, size: float) -> Voxels:
 def representatives(window: Window, voxels: Voxels, turn: int = 0, generator: torch.Generator | None = None) -> Tensor:
     """The point that stands for each voxel, int64 [V].
 
-    A voxel with points of the newest scan is represented by one of them, so that none of these gets another scan's
-    answer; the others by one of all their points.
-
     Args:
         window: The points.
         voxels: Of the window.
-        turn: Each turn takes the next point of every voxel, and begins again after its last.
+        turn: Without a generator: each turn takes the next point of every voxel, of those of the newest scan where it
+            has any, and begins again after the last.
         generator: Draw a point instead, of whatever scan, as the authors do.
     """
     sizes, first = voxels.start.diff(), voxels.start[:-1]

@@ -375,16 +375,19 @@ class MambaMosBackbone(nn.Module):
 class Voting:
     """How voxels with several points are answered.
 
-    turns: Forward passes; each takes the next point of every voxel, and a point gets the mean of the logits of the
-        passes it stood for its voxel in, or of all its voxel's if it never did.
+    In training a voxel's point is drawn from those of all scans, and that is what tells standing from moving: where
+    something stands, voxel after voxel has points of all ages. So it is drawn here, always the same way.
+
+    turns: Forward passes; each draws anew, and a point gets the mean of the logits of the passes it stood for its voxel
+        in, or of all its voxel's if it never did.
     total: The sum instead of the mean, as in the authors' cache: a point that stood more often gets larger logits.
-    drawn: Draw the points, of whatever scan, as the authors do: a point of the newest scan may get the answer for a
-        place where something was before.
+    newest: Take points of the newest scan, in turns, where a voxel has one: no point gets the answer for what was in
+        its place before, but what stands looks as if it had just come, and is often taken for moving.
     """
 
     turns: int = 1
     total: bool = False
-    drawn: bool = False
+    newest: bool = False
 
 
 class Teacher(nn.Module):
@@ -446,7 +449,7 @@ class Teacher(nn.Module):
         of_voxel = 0.0
         of_point = torch.zeros(newest, len(self.classes), device=window.points.device)
         turns = torch.zeros(newest, dtype=torch.int64, device=window.points.device)
-        generator = torch.Generator().manual_seed(0) if voting.drawn else None
+        generator = None if voting.newest else torch.Generator().manual_seed(0)
         for turn in range(voting.turns):
             points = representatives(window, voxels, turn, generator)
             with torch.autocast(points.device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -455,7 +455,8 @@ def test_points_get_the_logits_of_their_voxels():
     window = gather_window(scans, poses, 3)
     voxels = find_voxels(window, 0.5)
     assert len(voxels.voxel[: len(scans[-1])].unique()) < len(scans[-1])  # several points in one
-    of_voxel = teacher(voxel_batch([(window, voxels.grid, representatives(window, voxels))]))
+    drawn = representatives(window, voxels, generator=torch.Generator().manual_seed(0))
+    of_voxel = teacher(voxel_batch([(window, voxels.grid, drawn)]))
     assert torch.equal(logits, of_voxel[voxels.voxel[: len(scans[-1])]])
     assert torch.equal(logits, teacher.point_logits(scans, poses))
 
@@ -524,33 +525,30 @@ def echo(monkeypatch):
     return answers
 
 
-def test_one_turn_answers_with_the_first_point(echo):
-    assert echo().tolist() == echo(turns=1, total=True).tolist() == [1, 1, 1, 4, 5]
-
-
-def test_several_turns_let_others_answer(echo):
-    """A point that stood gets its own mean, one that never stood that of its voxel."""
-    assert echo(turns=2).tolist() == [1, 2, 1.5, 4, 5]
-    for turns in (3, 4, 8):
-        assert echo(turns=turns).tolist() == [1, 2, 3, 4, 5]
-
-
-def test_totals_grow_with_the_turns_a_point_stood(echo):
-    assert echo(turns=2, total=True).tolist() == [1, 2, 3, 8, 10]  # the third: the voxel's 1 + 2
-    assert echo(turns=4, total=True).tolist() == [2, 2, 3, 16, 20]
-
-
-def test_drawn_points_may_be_of_older_scans(echo):
-    one = echo(drawn=True)
-    assert one.tolist() == echo(drawn=True).tolist()  # the same at each call
+def test_points_are_drawn_from_all_scans(echo):
+    one = echo()
+    assert one.tolist() == echo(turns=1, total=True).tolist()  # the same at each call
     assert one[0] == one[1] == one[2] and one[0] in (1, 2, 3, 10)
     assert one[3] == 4 and one[4] in (5, 50)
-    many = echo(turns=40, drawn=True)
+    many = echo(turns=40)
     assert many.tolist() == [1, 2, 3, 4, 5]  # each stood, and what it answered counts alone
-    total = echo(turns=40, drawn=True, total=True)
+    total = echo(turns=40, total=True)
     stood = total / torch.arange(1.0, 6)
     assert torch.equal(stood, stood.round()) and stood[3] == 40
     assert (stood[:3] >= 3).all() and stood[:3].sum() < 40 and 10 < stood[4] < 30
+
+
+def test_the_newest_scans_points_in_turns(echo):
+    """A point that stood gets its own mean, one that never stood that of its voxel."""
+    assert echo(newest=True).tolist() == [1, 1, 1, 4, 5]
+    assert echo(turns=2, newest=True).tolist() == [1, 2, 1.5, 4, 5]
+    for turns in (3, 4, 8):
+        assert echo(turns=turns, newest=True).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_totals_grow_with_the_turns_a_point_stood(echo):
+    assert echo(turns=2, total=True, newest=True).tolist() == [1, 2, 3, 8, 10]  # the third: the voxel's 1 + 2
+    assert echo(turns=4, total=True, newest=True).tolist() == [2, 2, 3, 16, 20]
 
 
 # --- The authors' checkpoints ------------------------------------------------------------------------
