@@ -235,3 +235,9 @@ def test_maps_of_all_kinds_of_drives(steps):
     x, y = pixels_of(drawn, picture.MOVING).T
     assert len(x) > 20  # and all of them in the first panel, or in the legend below it
     assert y.min() > (drawn.size[1] - 44) / 2 if above_each_other else x.max() < drawn.size[0] / 2
+
+
+def test_a_map_of_a_long_drive_needs_no_more_than_its_pixels():
+    steps = np.stack([np.arange(50_000) * 0.5, np.zeros(50_000)], 1)
+    canvas = DriveMap(poses_along(steps), extent=50, size=300)  # all pairs of scans would be 20 GB
+    assert canvas.height.shape == (4, 600)
