@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kdmos.command import listed
+from kdmos.data.profile import SensorProfile
 from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
 from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
@@ -23,13 +24,15 @@ from kdmos.ops import native
 
 
 class ScanLogits(NamedTuple):
-    """Logits of one scan; non-finite points have none.
+    """Logits of one scan; points that the model did not get have none.
 
-    finite: bool [n], which points of the file are finite.
-    logits: float32 [finite.sum(), C] on the device, one row for each finite point in file order.
+    kept: bool [n], which points of the scan are finite and within the sensor's range and field of view.
+    non_finite: How many are not finite.
+    logits: float32 [kept.sum(), C] on the device, one row for each kept point in the scan's order.
     """
 
-    finite: np.ndarray
+    kept: np.ndarray
+    non_finite: int
     logits: torch.Tensor
 
 
@@ -115,6 +118,7 @@ def sequence_logits(
     sequence: ScanSource,
     device: torch.device | str = "cpu",
     skip: frozenset[int] = frozenset(),
+    profile: SensorProfile | None = None,
 ) -> Iterator[tuple[int, ScanLogits | InputError | None]]:
     """Logits of a model for the scans of a sequence, in frame order.
 
@@ -127,21 +131,23 @@ def sequence_logits(
         device: Where the ops and the network run.
         skip: Frames whose answer is not needed; None is yielded for them. They are read where they belong to the
             windows of the others, and the error of one that cannot be read is yielded all the same.
+        profile: Of the sensor; None: scans are as the model expects them.
     Yields: (frame, logits, error or None), each frame once.
     Raises: InputError if the poses are missing or wrong.
     """
-    poses, settings = sequence.poses(), model.settings
+    profile, settings = profile or SensorProfile(), model.settings
+    poses = profile.apply_to_pose(sequence.poses())
     stream = scans_to(model)
-    waiting: deque[tuple[int, np.ndarray | InputError]] = deque()
+    waiting: deque[tuple[int, tuple[np.ndarray, int] | InputError]] = deque()
 
     def answer(logits: Answer) -> tuple[int, ScanLogits | InputError | None]:
-        frame, finite = waiting.popleft()
-        if isinstance(finite, InputError):
-            return frame, finite
+        frame, found = waiting.popleft()
+        if isinstance(found, InputError):
+            return frame, found
         if frame in skip:
             return frame, None
         try:
-            return frame, ScanLogits(finite, logits().float())
+            return frame, ScanLogits(*found, logits().float())
         except InputError as error:
             return frame, InputError(f"{sequence.where(frame)}: with the scans before it: {error}")
 
@@ -158,13 +164,13 @@ def sequence_logits(
             warnings.warn(f"{sequence.scan(frame)}: {jump}; what came before is not compared with it", stacklevel=2)
             yield from map(answer, stream.flush())
         try:
-            points = sequence.read_points(frame)
-            finite = np.isfinite(points).all(1)
+            scan = sequence.read_points(frame)
         except InputError as error:
-            points, finite = np.zeros((0, 4), np.float32), error
+            points, found = np.zeros((0, 4), np.float32), error
         else:
-            points = points if finite.all() else points[finite]
-        waiting.append((frame, finite))
+            points, kept = profile.apply(scan)
+            found = kept, 0 if kept.all() else np.count_nonzero(~np.isfinite(scan).all(1))
+        waiting.append((frame, found))
         logits = stream.push(torch.from_numpy(points).to(device), pose)
         if logits is not None:
             yield answer(logits)

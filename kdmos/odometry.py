@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 
-from kdmos.data.poses import between
+from kdmos.checkpoint import write_atomic
+from kdmos.data.poses import between, read_pose_file
+from kdmos.data.profile import SensorProfile
+from kdmos.data.semantic_kitti import read_manifest
+from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
 
 MAX_RANGE = 100.0  # metres; beyond, a scan is too sparse to be registered
+# Of the map, where nothing waits for the poses: on synthetic and real drives the steps come out a third more exact than
+# with KISS-ICP's own metre, for three times the work. The rule, whose answer hangs on centimetres, gains most by it.
+OFFLINE_VOXEL = 0.5
 
 
 class Odometry:
@@ -18,10 +28,11 @@ class Odometry:
     Args:
         threads: With one, the same scans give the same poses to the last bit. 0: all cores; the last digits may then
             differ from run to run.
+        voxel_size: Of the map, metres; smaller is more exact and slower.
     Raises: InputError if kiss-icp is not installed.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, voxel_size: float = 1.0) -> None:
         try:
             from kiss_icp.config.parser import load_config
             from kiss_icp.kiss_icp import KissICP
@@ -32,6 +43,7 @@ class Odometry:
         config = load_config(None)
         config.data.max_range, config.data.min_range = MAX_RANGE, 0.0
         config.data.deskew = True  # no effect without the points' times
+        config.mapping.voxel_size = voxel_size
         config.registration.max_num_threads = threads
         self._fresh = lambda: KissICP(config)
         self.reset()
@@ -83,3 +95,57 @@ class Odometry:
             motion = between(np.eye(4), motion, step / self._step)
         self._step = step
         return motion
+
+
+def odometry_poses(
+    source: ScanSource,
+    profile: SensorProfile | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """LiDAR pose of each scan of a source in the frame of the first one, float64 [len(source.frames), 4, 4].
+
+    A scan that cannot be read gets the last pose moved on by the last motion.
+
+    Args:
+        source: Read once, in order.
+        profile: Points outside its range and field of view, such as those on the vehicle itself, are left out; None:
+            all are used.
+        advance: Called after each scan.
+    """
+    odometry, profile, poses = Odometry(voxel_size=OFFLINE_VOXEL), profile or SensorProfile(), []
+    for frame in source.frames:
+        try:
+            points = source.read_points(frame)
+        except InputError:  # whoever needs the scan learns why
+            points = np.zeros((0, 4), np.float32)
+        poses.append(odometry.push(points[profile.apply(points)[1]]))
+        advance()
+    return np.stack(poses)
+
+
+def poses_path(predictions: str | Path, name: str) -> Path:
+    """Where the poses that a sequence got by odometry lie beside its predictions."""
+    return Path(predictions) / "sequences" / name / "poses.txt"
+
+
+def write_poses(path: Path, poses: np.ndarray) -> None:
+    """Write LiDAR poses [S, 4, 4] in KITTI's format, to the last digit: what is read back is what was written."""
+    rows = (" ".join(f"{value:.17g}" for value in pose[:3].ravel()) for pose in poses)
+    write_atomic(path, "".join(f"{row}\n" for row in rows).encode())
+
+
+def saved_poses(predictions: str | Path, data: str | Path, source: ScanSource) -> np.ndarray | None:
+    """LiDAR poses [S, 4, 4] that `kdmos predict` got by odometry for a sequence; None if it did not.
+
+    Args:
+        predictions: The folder that it wrote.
+        data: The path of the scans, the same that it was given: poses of other data are not taken.
+        source: The sequence.
+    Raises: InputError if the files are damaged.
+    """
+    manifest, path = read_manifest(predictions) or {}, poses_path(predictions, source.name)
+    ours = "odometry" in str(manifest.get("poses")) and manifest.get("source") == str(Path(data).resolve())
+    if not ours or not path.is_file():
+        return None
+    poses = read_pose_file(path).poses
+    return poses if len(poses) == len(source.frames) else None

@@ -187,12 +187,12 @@ def teach_data(
             if frame not in frames:
                 continue
             if isinstance(scan, ScanLogits):
-                logits = np.zeros((len(scan.finite), len(model.classes)), np.float32)
-                logits[scan.finite] = scan.logits.cpu().numpy()
+                logits = np.zeros((len(scan.kept), len(model.classes)), np.float32)
+                logits[scan.kept] = scan.logits.cpu().numpy()
                 about = {**settings, WINDOW: windows[frame]}
                 store.write(sequence.scan(frame), sequence.points_path(frame), logits, about)
                 computed += 1
-                non_finite += int((~scan.finite).sum())
+                non_finite += scan.non_finite
             else:
                 lost.append(f"{sequence.scan(frame)}: {scan}")
             advance()

@@ -1,5 +1,6 @@
 """Prediction as a user runs it: one label per point comes back, bad scans are listed, an interrupted run goes on."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from kdmos import predict
+from kdmos.data.poses import read_poses
+from kdmos.data.profile import SensorProfile, differences
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.errors import InputError
 from kdmos.models import Student, build_student, load_student, save_model
@@ -148,12 +151,12 @@ def test_what_cannot_be_done_is_one_line(data, checkpoint, tmp_path, capsys, cha
     assert len(error.strip().splitlines()) == 1
 
 
-def test_missing_poses_and_checkpoints(data, checkpoint, tmp_path, capsys):
+def test_missing_calibration_and_checkpoints(data, checkpoint, tmp_path, capsys):
     assert run(data, "--checkpoint", tmp_path / "none.pt") == 2
     assert "no such checkpoint" in capsys.readouterr().err
-    (data / "poses.txt").unlink()
+    (data / "calib.txt").unlink()
     assert run(data, "--checkpoint", checkpoint) == 2
-    assert "poses.txt" in capsys.readouterr().err
+    assert "calib.txt" in capsys.readouterr().err
 
 
 def test_another_lookahead_can_be_forced(data, checkpoint, tmp_path, capsys):
@@ -221,3 +224,237 @@ def test_odd_files_are_refused_or_taken(realdata, golden, tmp_path, capsys):
     assert "likely has 3 columns" in listed[1] and "likely has 3 columns" in listed[2]
     assert len(labels(tmp_path / "out", 0, "odd")) == 50
     assert len(labels(tmp_path / "out", 1, "odd")) == 17238
+
+
+# ---- any input
+
+
+def scans_of(data):
+    (sequence,) = find_sequences(data)
+    return [sequence.read_points(frame) for frame in sequence.frames]
+
+
+def same_labels(output, others, name, other_name="00", frames=10):
+    for frame in range(frames):
+        np.testing.assert_array_equal(labels(output, frame, name), labels(others, frame, other_name))
+
+
+@pytest.fixture
+def expected(data, checkpoint, tmp_path):
+    """Predictions of the sequence folder."""
+    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "expected", "--scores") == 0
+    return tmp_path / "expected"
+
+
+@pytest.mark.parametrize("kind", ["ros1", "sqlite3", "mcap"])
+def test_a_bag_gives_the_labels_of_the_folder(data, checkpoint, expected, tmp_path, bags, kind):
+    pytest.importorskip("rosbags")
+    path = tmp_path / ("drive.bag" if kind == "ros1" else "drive")
+    clouds = [bags.xyzi(points, stamp=10 + 0.1 * i) for i, points in enumerate(scans_of(data))]
+    bags.write(path, clouds, kind)
+    poses = ["--poses", data / "poses.txt", "--calib", data / "calib.txt"]
+    assert run(path, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--scores", *poses) == 0
+    same_labels(tmp_path / "out", expected, "drive")
+    manifest = json.loads((tmp_path / "out" / "predict.json").read_text())
+    assert manifest["topic"] == "/points" and len(manifest["poses"]) == 32 + 5 + 32
+    # what is missing is made again, the rest is left alone
+    folder = tmp_path / "out" / "sequences" / "drive" / "predictions"
+    (folder / "000004.label").unlink()
+    kept = (folder / "000005.label").stat().st_mtime_ns
+    assert run(path, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--scores", *poses) == 0
+    same_labels(tmp_path / "out", expected, "drive")
+    assert (folder / "000005.label").stat().st_mtime_ns == kept
+    assert run(path, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--scores") == 2  # with other poses
+
+
+def test_a_folder_of_files_with_poses_beside_them(data, checkpoint, expected, tmp_path):
+    folder = tmp_path / "mine" / "scans"
+    folder.mkdir(parents=True)
+    for i, points in enumerate(scans_of(data)):
+        np.save(folder / f"scan{i}.npy", points)
+    lidar = read_poses(data / "poses.txt", data / "calib.txt")
+    rows = "".join(" ".join(f"{value:.17g}" for value in pose[:3].ravel()) + "\n" for pose in lidar)
+    (folder.parent / "poses.txt").write_text(rows)
+    assert run(folder, "--checkpoint", checkpoint, "--output", tmp_path / "out") == 0
+    same_labels(tmp_path / "out", expected, "scans")
+    shutil.copy(data / "poses.txt", folder)  # nearer, and of a camera
+    shutil.copy(data / "calib.txt", folder)
+    assert run(folder, "--checkpoint", checkpoint, "--output", tmp_path / "again") == 0
+    same_labels(tmp_path / "again", expected, "scans")
+
+
+def test_stamped_poses(data, checkpoint, tmp_path, capsys):
+    """The poses of every other scan, in TUM's format: those between them are interpolated."""
+    np.savetxt(data / "times.txt", np.arange(10) * 0.1 + 5)
+    rows = [f"{5 + 0.2 * i} {i} 0 0 0 0 0 1" for i in range(6)]
+    (tmp_path / "tum.txt").write_text("# stamp tx ty tz qx qy qz qw\n" + "\n".join(rows))
+    straight = "".join(f"1 0 0 {0.5 * i} 0 1 0 0 0 0 1 0\n" for i in range(10))
+    (tmp_path / "kitti.txt").write_text(straight)
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "a", "--poses", tmp_path / "tum.txt") == 0
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "b", "--poses", tmp_path / "kitti.txt") == 0
+    same_labels(tmp_path / "a", tmp_path / "b", "00")
+    (tmp_path / "tum.txt").write_text("\n".join(rows[:3]))
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "c", "--poses", tmp_path / "tum.txt") == 2
+    assert "0.5 s outside; check that both have the same clock" in capsys.readouterr().err
+
+
+def test_odometry_where_there_are_no_poses(data, checkpoint, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("kiss_icp")
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "own") == 0
+    poses = data / "poses.txt"
+    poses.unlink()
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    kept = tmp_path / "out" / "sequences" / "00" / "poses.txt"
+    assert f"00: poses from the scans themselves, by odometry (KISS-ICP); kept in {kept}" in printed
+    assert len(kept.read_text().splitlines()) == 10
+    first = [labels(tmp_path / "out", frame) for frame in range(10)]
+
+    # The same command goes on with the poses it has ...
+    (tmp_path / "out" / "sequences" / "00" / "predictions" / "000003.label").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "odometry_poses", lambda *_: pytest.fail("computed again"))
+        assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out") == 0
+    # ... and makes the same ones anew.
+    kept.unlink()
+    shutil.rmtree(tmp_path / "out" / "sequences" / "00" / "predictions")
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out") == 0
+    for frame in range(10):
+        np.testing.assert_array_equal(labels(tmp_path / "out", frame), first[frame])
+
+    # Poses that are there are another way of making predictions.
+    shutil.copy(kept, poses)
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out") == 2
+    assert "holds predictions with another poses" in capsys.readouterr().err
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out", "--odometry") == 0
+
+
+def test_poses_of_others_are_not_overwritten(data, tmp_path, capsys):
+    """As where the predictions go into the data set itself."""
+    pytest.importorskip("kiss_icp")
+    root = tmp_path / "root"
+    shutil.move(data, root / "sequences" / "00")
+    before = (root / "sequences" / "00" / "poses.txt").read_bytes()
+    assert run(root, "--checkpoint", "rule", "--output", root, "--odometry") == 2
+    assert "there already, and not by kdmos predict; choose another --output" in capsys.readouterr().err
+    assert (root / "sequences" / "00" / "poses.txt").read_bytes() == before
+    assert not (root / "predict.json").exists()
+    assert run(root, "--checkpoint", "rule", "--output", root) == 0  # with the poses that are there
+
+
+def test_a_sensor_of_another_scale_and_view(data, checkpoint, tmp_path, capsys):
+    """Scans of another scale give the labels of the scans as they were; what is outside is 9, in its place."""
+    scans = scans_of(data)
+    view = tmp_path / "view.yaml"
+    view.write_text("field_of_view: [-90, 90]\nrange: [2, 60]\n")
+    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "expected", "--sensor", view) == 0
+    assert "% of the points lie outside range or field of view and were labelled 9" in capsys.readouterr().out
+    for frame, points in enumerate(scans):  # a power of two: exact in float32
+        (points * np.array([1, 1, 1, 256], np.float32)).tofile(data / "velodyne" / f"{frame:06d}.bin")
+    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "out") == 1  # every scan is listed
+    capsys.readouterr()
+    view.write_text("field_of_view: [-90, 90]\nrange: [2, 60]\nremission_scale: 256\n")
+    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "out2", "--sensor", view) == 0
+    same_labels(tmp_path / "out2", tmp_path / "expected", "00")
+    for frame, points in enumerate(scans):
+        written = labels(tmp_path / "out2", frame)
+        distance = np.linalg.norm(points[:, :3], axis=1)
+        outside = (points[:, 0] < 0) | (distance < 2) | (distance > 60)
+        assert len(written) == len(points) and outside.any() and (written[outside] == 9).all()
+    manifest = json.loads((tmp_path / "out2" / "predict.json").read_text())
+    assert manifest["sensor"] == {"range": [2, 60], "field_of_view": [-90, 90], "remission_scale": 256}
+    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "out2") == 2
+    assert "with another sensor" in capsys.readouterr().err
+    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "out2", "--sensor", view) == 0
+
+
+def test_a_lower_sensor_gives_the_labels_of_the_usual_one(data, checkpoint, expected, tmp_path):
+    for frame, points in enumerate(scans_of(data)):
+        (points + np.array([0, 0, 1.13, 0], np.float32)).tofile(data / "velodyne" / f"{frame:06d}.bin")
+    poses = read_poses(data / "poses.txt", data / "calib.txt")
+    poses[:, :3, 3] -= 1.13 * poses[:, :3, 2]  # of the sensor as it is mounted now
+    rows = (" ".join(f"{value:.17g}" for value in pose[:3].ravel()) for pose in poses)
+    (tmp_path / "poses.txt").write_text("\n".join(rows))
+    (tmp_path / "low.yaml").write_text("height: 0.6")
+    arguments = [data, "--checkpoint", checkpoint, "--poses", tmp_path / "poses.txt"]
+    assert run(*arguments, "--output", tmp_path / "out", "--sensor", tmp_path / "low.yaml") == 0
+    with pytest.warns(UserWarning, match="the ground seems to lie at z = -0"):
+        assert run(*arguments, "--output", tmp_path / "without") == 0
+    total = differ = differ_without = 0
+    for frame in range(10):
+        want = labels(expected, frame)
+        total += len(want)
+        differ += np.count_nonzero(labels(tmp_path / "out", frame) != want)
+        differ_without += np.count_nonzero(labels(tmp_path / "without", frame) != want)
+    assert differ < 1e-3 * total  # z is rounded twice more, which moves single points into the next cell
+    assert differ_without > 10 * differ
+
+
+def test_no_point_in_view_is_no_error(data, checkpoint, tmp_path):
+    (tmp_path / "far.yaml").write_text("range: [500, 600]")
+    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--sensor", tmp_path / "far.yaml") == 0
+    for frame, points in enumerate(scans_of(data)):
+        assert (labels(tmp_path / "out", frame) == 9).all() and len(labels(tmp_path / "out", frame)) == len(points)
+
+
+def test_a_scale_of_remission_is_asked_for_once(data, checkpoint, tmp_path, bags, capsys):
+    clouds = [bags.xyzi(points * np.array([1, 1, 1, 255], np.float32)) for points in scans_of(data)]
+    path = bags.write(tmp_path / "drive.bag", clouds)
+    poses = ["--poses", data / "poses.txt", "--calib", data / "calib.txt"]
+    assert run(path, "--checkpoint", checkpoint, "--output", tmp_path / "out", *poses) == 2
+    error = capsys.readouterr().err
+    assert "message 0 of /points: the remission runs from " in error
+    assert "write 'remission_scale: 255' (the likely full scale) into a --sensor file" in error
+    assert not (tmp_path / "out").exists()
+    # the rule looks at no remission
+    assert run(path, "--checkpoint", "rule", "--output", tmp_path / "rule", *poses) == 0
+
+
+def test_what_differs_from_training_is_one_warning(data, checkpoint, tmp_path, recwarn):
+    folder = tmp_path / "low"
+    folder.mkdir()
+    for i, points in enumerate(scans_of(data)):
+        np.save(folder / f"{i}.npy", points[:, :3] + [0, 0, 1.2])
+    poses = ["--poses", data / "poses.txt", "--calib", data / "calib.txt"]
+    assert run(folder, "--checkpoint", checkpoint, "--output", tmp_path / "out", *poses) == 0
+    (said,) = [str(w.message) for w in recwarn if "was trained on" in str(w.message)]
+    assert said.startswith(f"low: other than what {checkpoint} was trained on: the ground seems to lie at z = -0.")
+    assert "the remission is 0 everywhere" in said
+
+
+@pytest.mark.parametrize("name", ["kitti-raw-0005-a", "kitti-odometry-00", "semantickitti-single-000964"])
+def test_no_false_alarm_on_real_scans(realdata, name):
+    sensor = load_student("synthetic").header["sensor"]
+    (sequence,) = find_sequences(realdata(name))
+    for frame in sequence.frames:
+        assert differences(SensorProfile().apply(sequence.read_points(frame))[0], sensor) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--poses", "nowhere.txt"], "nowhere.txt: the poses file does not exist"),
+        (["--poses", "nowhere.txt", "--odometry"], "--poses and --odometry exclude each other"),
+        (["--calib", "calib.txt"], "--calib says what the poses of --poses are of"),
+        (["--sensor", "nowhere.yaml"], "--sensor nowhere.yaml: cannot be read"),
+        (["--topic", "/points"], "is no bag"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(data, checkpoint, tmp_path, capsys, change, message):
+    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "out", *change) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_poses_belong_to_one_sequence(data, checkpoint, tmp_path, capsys):
+    root = tmp_path / "root"
+    for name in ("00", "01"):
+        shutil.copytree(data, root / "sequences" / name)
+    arguments = [root, "--checkpoint", "rule", "--output", tmp_path / "out", "--poses", data / "poses.txt"]
+    assert run(*arguments) == 2
+    assert "belong to one sequence; choose it with --sequences" in capsys.readouterr().err
+    assert run(*arguments, "--calib", data / "calib.txt", "--sequences", "01") == 0
+    assert run(root, "--checkpoint", "rule", "--output", tmp_path / "own", "--sequences", "01") == 0
+    same_labels(tmp_path / "out", tmp_path / "own", "01", "01")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +47,6 @@ class BagScans(ScanSource):
                 f"{path}: cannot be read as a bag ({_reason(error)}); copy it again, or reindex it (rosbag reindex, "
                 "ros2 bag reindex, mcap recover)"
             ) from error
-        weakref.finalize(self, self._reader.close)
         self.topic = _chosen_topic(path, self._reader.topics, topic)
         self._connections = [c for c in self._reader.connections if c.topic == self.topic]
         self.frames = tuple(range(self._reader.topics[self.topic].msgcount))
@@ -55,6 +54,11 @@ class BagScans(ScanSource):
             raise InputError(f"{path}: {self.topic} holds no message")
         self._stamps: np.ndarray | None = None
         self._restart()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # of a bag that was never opened
+            self._messages.close()  # a database is not closed while it is read
+            self._reader.close()
 
     def _restart(self) -> None:
         self._messages: Iterator = self._reader.messages(self._connections)

@@ -9,10 +9,14 @@ import numpy as np
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from kdmos.data.semantic_kitti import is_odd, likely_scale
 from kdmos.errors import InputError
 from kdmos.settings import STRICT
 
 STUDENT_HEIGHT = 1.73  # metres above the ground: KITTI's sensor, which the students of SemanticKITTI know
+# What the authors' weights were trained on, whose files say nothing about it: KITTI's sensor.
+KITTI_SENSOR = {"x": (-80.0, 80.0), "y": (-80.0, 80.0), "z": (-7.0, 3.0), "remission": (0.0, 0.99)}
+GROUND_TOLERANCE = 0.5  # metres; a slope or a kerb moves the ground seen in a scan by 0.2
 _LIMITS = ("range", "field_of_view", "elevation")
 
 
@@ -129,3 +133,58 @@ def load_profile(path: str | Path) -> SensorProfile:
         place = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path}: {f'{place}: ' if place else ''}{reason}; the keys are {known}") from error
+
+
+def check_remission(points: np.ndarray, where: object, scale: float = 1.0) -> None:
+    """Refuse remission on another scale than 0..1: it would be read as a brightness that no surface has.
+
+    Args:
+        points: [m, 4], as `SensorProfile.apply` returns them.
+        where: The scan, for the message.
+        scale: What it was divided by already.
+    Raises: InputError that says what to write into the sensor's YAML.
+    """
+    remission = points[:, 3]
+    if is_odd(remission):
+        advice = "is that field the remission?"
+        if np.quantile(remission, 0.01) >= 0:
+            guess = likely_scale(remission * scale)
+            advice = f"write 'remission_scale: {guess}' (the likely full scale) into a --sensor file"
+        raise InputError(
+            f"{where}: the remission runs from {remission.min():g} to {remission.max():g}, expected 0..1; {advice}"
+        )
+
+
+def differences(points: np.ndarray, sensor: dict | None = None, narrowed: bool = False) -> list[str]:
+    """What of a scan lies far outside what a student was trained on, in words.
+
+    Args:
+        points: [m, 4], as `SensorProfile.apply` returns them.
+        sensor: x, y, z, remission: (lowest, highest) in training, as a checkpoint's header has them under `sensor`;
+            None: those of KITTI.
+        narrowed: Whether the field of view was cut on purpose.
+    """
+    known = {**KITTI_SENSOR, **(sensor or {})}
+    xy = np.hypot(points[:, 0], points[:, 1])
+    found = []
+    near = points[(xy > 3) & (xy < 15), 2]
+    counts, edges = np.histogram(near, np.arange(-5, 5.1, 0.2))
+    ground = edges[counts.argmax()] + 0.1  # most of the points near a sensor lie on it
+    expected = -STUDENT_HEIGHT
+    if known["z"][0] < expected and counts.sum() >= 100 and abs(ground - expected) > GROUND_TOLERANCE:
+        found.append(
+            f"the ground seems to lie at z = {ground:.1f} m, in training at {expected:g} m (height in a --sensor file)"
+        )
+    top, trained = np.quantile(points[:, 3], 0.99), known["remission"][1]
+    if top < 0.1 * trained:
+        seems = "is 0 everywhere" if not points[:, 3].any() else f"hardly exceeds {top:.2g}"
+        found.append(
+            f"the remission {seems}, in training it reached {trained:.2g} (remission_scale in a --sensor file)"
+        )
+    reach, trained = np.quantile(xy, 0.99), max(known["x"][1], known["y"][1])
+    if reach > 1.5 * trained:
+        found.append(f"points reach {reach:.0f} m, in training {trained:.0f} m (range in a --sensor file)")
+    sectors = np.unique(np.degrees(np.arctan2(points[:, 1], points[:, 0])) // 10).size
+    if not narrowed and sectors < 27 and len(points) >= 1000 and min(known["x"][0], known["y"][0]) < 0:
+        found.append(f"the scan covers {10 * sectors} of 360 degrees, in training all round")
+    return found

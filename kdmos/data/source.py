@@ -64,3 +64,28 @@ class ScanSource:
     def gaps(self) -> tuple[int, ...]:
         """Frame numbers missing between the first and the last one."""
         return tuple(sorted(set(range(self.frames[0], self.frames[-1])) - set(self.frames)))
+
+
+class WithPoses(ScanSource):
+    """A source whose poses come from elsewhere, float64 [len(frames), 4, 4]."""
+
+    has_poses = True
+
+    def __init__(self, source: ScanSource, poses: np.ndarray) -> None:
+        self.source, self.name, self.frames, self.width = source, source.name, source.frames, source.width
+        self._poses = poses
+
+    def poses(self) -> np.ndarray:
+        return self._poses
+
+    def read_points(self, frame: int) -> np.ndarray:
+        return self.source.read_points(frame)
+
+    def where(self, frame: int) -> str:
+        return self.source.where(frame)
+
+    def num_points(self, frame: int) -> int | None:
+        return self.source.num_points(frame)
+
+    def stamps(self) -> np.ndarray | None:
+        return self.source.stamps()

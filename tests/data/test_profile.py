@@ -1,9 +1,13 @@
 """A sensor's profile: what the network gets of a scan, from a worked table, and what the YAML may hold."""
 
+import re
+
 import numpy as np
 import pytest
 
-from kdmos.data.profile import SensorProfile, load_profile
+from kdmos.data.profile import SensorProfile, check_remission, differences, load_profile
+from kdmos.data.synthetic.lidar import SENSORS
+from kdmos.data.synthetic.sequence import SyntheticSequence
 from kdmos.errors import InputError
 
 POINTS = np.array(
@@ -121,3 +125,65 @@ def test_a_wrong_yaml_is_one_clear_line(tmp_path, text, message):
 def test_no_yaml_at_all(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_profile(tmp_path / "none.yaml")
+
+
+# ---- against what a student was trained on
+
+
+def scan_on_the_ground(height=1.73, remission=0.99, reach=70.0, view=360.0):
+    rng = np.random.default_rng(0)
+    angle, distance = np.radians(rng.uniform(-view / 2, view / 2, 5000)), rng.uniform(2, reach, 5000)
+    ground = rng.normal(-height, 0.03, 5000)
+    values = rng.uniform(0, remission, 5000)
+    return np.c_[distance * np.cos(angle), distance * np.sin(angle), ground, values].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("scan", "said"),
+    [
+        ({}, []),
+        ({"height": 2.1}, []),
+        ({"height": 0.6}, ["the ground seems to lie at z = -0.[567] m, in training at -1.73 m"]),
+        ({"height": 2.9}, ["the ground seems to lie at z = -(2.9|3.0|2.8) m"]),
+        ({"remission": 0}, ["the remission is 0 everywhere, in training it reached 0.99"]),
+        ({"remission": 0.004}, ["the remission hardly exceeds 0.004, in training it reached 0.99"]),
+        ({"reach": 200}, ["points reach 19[0-9] m, in training 80 m"]),
+        ({"view": 120}, ["the scan covers 1[234]0 of 360 degrees"]),
+        ({"height": 0.6, "remission": 0}, ["the ground", "the remission"]),
+    ],
+)
+def test_what_lies_outside_training_is_named(scan, said):
+    for sensor in (None, {"x": [-80, 80], "y": [-79, 79], "z": [-6.3, 3.2], "remission": [0, 0.99]}):
+        found = differences(scan_on_the_ground(**scan), sensor)
+        assert len(found) == len(said)
+        for words, pattern in zip(found, said):
+            assert re.match(pattern, words)
+    assert differences(scan_on_the_ground(view=120), narrowed=True) == []
+
+
+def test_a_student_of_another_sensor_is_not_held_to_kittis():
+    sensor = {"x": [0, 200], "y": [-200, 200], "z": [-1, 3], "remission": [0, 0.02]}
+    scan = scan_on_the_ground(height=0.6, remission=0.01, reach=150)
+    assert differences(scan, sensor) == []
+    assert len(differences(scan)) == 3
+
+
+def test_no_false_alarm_on_synthetic_scans():
+    for seed in range(3):
+        sequence = SyntheticSequence(seed, 0, 2, SENSORS["hdl64"])
+        assert differences(sequence.scan(0).points) == []
+
+
+def test_remission_of_another_scale_is_refused_with_a_guess():
+    check_remission(scan_on_the_ground(), "here")
+    check_remission(np.zeros((0, 4), np.float32), "here")
+    few = scan_on_the_ground()
+    few[:40, 3] = 100  # less than one in a hundred is noise
+    check_remission(few, "here")
+    for top, guess in ((90, 100), (250, 255), (3000, 4095), (60000, 65535), (1e6, "9[89]")):
+        with pytest.raises(InputError, match=f"here: the remission runs from .*, expected 0..1; .*scale: {guess}"):
+            check_remission(scan_on_the_ground(remission=top), "here")
+    with pytest.raises(InputError, match="remission_scale: 65535"):  # divided by 255 already
+        check_remission(scan_on_the_ground(remission=60000 / 255), "here", 255)
+    with pytest.raises(InputError, match=r"the remission runs from -.*is that field the remission"):
+        check_remission(-scan_on_the_ground(), "here")
