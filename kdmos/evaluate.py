@@ -23,16 +23,19 @@ from rich.table import Table
 from kdmos import metrics
 from kdmos.command import listed, run
 from kdmos.data.labels import CLASSES, to_classes
+from kdmos.data.profile import SensorProfile, profile_of
 from kdmos.data.semantic_kitti import (
-    SPLITS,
+    SPLIT_NAMES,
     Sequence,
     find_sequences,
     read_labels,
     read_manifest,
+    split_frames,
     split_sequences,
 )
 from kdmos.errors import InputError
 from kdmos.motion import MotionStream, moving_by_rule
+from kdmos.odometry import saved_poses
 from kdmos.picture import bev_picture, need_matplotlib
 from kdmos.report import (
     Facts,
@@ -70,23 +73,31 @@ class Scored(NamedTuple):
 
 
 def find_scored(
-    data: str | Path, predictions: str | Path, asked: Iterable[str] | None = None, allow_missing: bool = False
+    data: str | Path,
+    predictions: str | Path,
+    asked: Iterable[str] | None = None,
+    allow_missing: bool = False,
+    frames: frozenset[int] | None = None,
+    remission_scale: float = 1.0,
 ) -> tuple[list[Scored], dict[str, str]]:
     """Sequences to score with their frames, and why others are left out.
 
     Args:
-        data: SemanticKITTI root or bare sequence folder.
+        data: Data root or bare sequence folder.
         predictions: Folder that holds sequences/<name>/predictions/NNNNNN.label.
         asked: Names of the sequences; None: all that have labels and predictions.
         allow_missing: Leave out labelled scans without a prediction.
+        frames: Score these alone; None: all that have labels.
+        remission_scale: What brings the remission of the scans to 0..1.
     Returns: sequences and {name: reason}, the latter empty if sequences were asked for.
     Raises: InputError if nothing can be scored, an asked-for sequence cannot, or a file is missing.
     """
     if not Path(predictions).is_dir():
         raise InputError(f"{predictions}: no such folder; kdmos predict writes it")
     scored, left_out = [], {}
-    for sequence in find_sequences(data, asked):
-        labelled, folder = _labelled_frames(sequence), sequence.prediction_path(predictions, 0).parent
+    for sequence in find_sequences(data, asked, remission_scale):
+        labelled = [frame for frame in _labelled_frames(sequence) if frames is None or frame in frames]
+        folder = sequence.prediction_path(predictions, 0).parent
         if not labelled:
             left_out[sequence.name] = f"{sequence.folder / 'labels'}: no labels to score against"
         elif not folder.is_dir():
@@ -146,27 +157,46 @@ class Tally:
         for i, table in enumerate(self.tables):
             table += metrics.confusion(truth[ring == i], predicted[ring == i], len(NAMES))
 
+    def unlabeled_is_static(self) -> bool:
+        """Whether these labels know no static points: only 0 and moving ones, so that 0 must mean static."""
+        points = self.tables.sum((0, 2))
+        return bool(points[UNLABELED] and points[MOVING] and not points[STATIC] + points[MOVABLE])
+
+    def count_unlabeled_as_static(self) -> None:
+        self.tables[:, STATIC] += self.tables[:, UNLABELED]
+        self.tables[:, UNLABELED] = 0
+
     def __add__(self, other: Tally) -> Tally:
         total = Tally()
         total.tables, total.scans = self.tables + other.tables, self.scans + other.scans
         return total
 
 
-def count_sequence(scored: Scored, predictions: str | Path, rule: bool, advance) -> tuple[Tally, Tally, int]:
-    """Read a sequence once: tally of the predictions, tally of the rule, and the frame with most moving points."""
+def count_sequence(
+    scored: Scored, predictions: str | Path, poses: np.ndarray | None, profile: SensorProfile, advance
+) -> tuple[Tally, Tally, int]:
+    """Read a sequence once: tally of the predictions, tally of the rule, and the frame with most moving points.
+
+    Args:
+        scored, predictions: What to read.
+        poses: Of its scans, for the rule; None: no rule.
+        profile: Of the sensor, for the rule.
+        advance: Called after each scan.
+    """
     sequence, known, missing = scored.sequence, set(scored.frames), set(scored.missing)
     by_prediction, by_rule, most, fullest = Tally(), Tally(), -1, scored.frames[0]
-    stream, waiting = MotionStream(RULE), deque()  # truth and ring of the scans whose channels are not complete
-    poses = sequence.poses() if rule else None
+    stream, waiting = MotionStream(RULE), deque()  # the scans whose channels are not complete
 
     def score_rule(channels: torch.Tensor) -> None:
         scan = waiting.popleft()
         if scan is not None:
-            truth, ring = scan
-            by_rule.add(truth, np.where(moving_by_rule(channels).numpy(), MOVING, STATIC), ring)
+            truth, ring, kept = scan
+            found = np.full(len(truth), STATIC)
+            found[kept] = np.where(moving_by_rule(channels).numpy(), MOVING, STATIC)
+            by_rule.add(truth, found, ring)
 
     # The rule sees scans that are not scored too: they belong to the windows of their neighbours.
-    for index, frame in enumerate(sequence.frames if rule else scored.frames):
+    for index, frame in enumerate(scored.frames if poses is None else sequence.frames):
         scan = None
         try:
             points = sequence.read_points(frame)
@@ -174,16 +204,17 @@ def count_sequence(scored: Scored, predictions: str | Path, rule: bool, advance)
             if frame not in missing:
                 raise
             points = np.zeros((0, 4), np.float32)  # a scan that kdmos predict could not read either, and took as empty
+        for_rule, kept = profile.apply(points)
         if frame in known:
             truth, predicted = read_scan(sequence, frame, predictions, len(points))
-            scan = truth, range_ring(points)
+            scan = truth, range_ring(points), kept
             by_prediction.add(truth, predicted, scan[1])
             moving = np.count_nonzero(truth == MOVING)
             if moving > most:
                 most, fullest = moving, frame
-        if rule:
+        if poses is not None:
             waiting.append(scan)
-            channels = stream.push(torch.from_numpy(points), poses[index])
+            channels = stream.push(torch.from_numpy(for_rule), poses[index])
             if channels is not None:
                 score_rule(channels)
         advance()
@@ -227,11 +258,15 @@ def evaluate_predictions(
     as in the public evaluation, unless the predictions hold movable ids. Numbers in all come from the summed
     counts. (The public tool takes a predicted 250 for unlabeled. Moving IoU is the same either way.)
 
+    Labels of a sequence that hold 0 and moving ids alone, as those of Apollo do, know no static points; there 0 counts
+    as static, and the report says so.
+
     Args:
         data: SemanticKITTI root or bare sequence folder, with labels.
         predictions: Folder that holds sequences/<name>/predictions/NNNNNN.label, raw ids.
         sequences: Names of the sequences to score; None: all that have labels and predictions.
-        split: The sequences of this split instead: "train", "valid" or "test".
+        split: The sequences of this split instead, see `split_sequences`; or, of a data set that divides the scans of
+            every sequence, these scans of all sequences or the named ones, see `split_frames`.
         rule: Score beside them the training-free rule, at least half of the published residual channels
             non-zero; needs poses.
         pictures: Folder for a picture per sequence, of the scan with most moving points.
@@ -241,32 +276,32 @@ def evaluate_predictions(
     Returns: JSON-able dict: `data`, `predictions`, `made_with` (what kdmos predict noted: look-ahead and so on, or
         None), `classes`, `total`, `sequences` {name: scores}, `left_out` {name: reason}, `unlabelled_scans`
         {name: count} and `missing_predictions` {name: count of labelled scans without one} of the scored sequences,
-        `pictures` [path]; with `rule` also `rule` {`motion`, `total`, `sequences`}. Scores are `scans`, `points`
-        (with a label), `moving_points`, `moving_iou`, `moving_precision`, `moving_recall`, `static_iou` (movable
-        included), `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`, `moving_iou`, `moving_precision`,
-        `moving_recall`}]; shares in 0..1, None where there is nothing to count.
+        `unlabeled_is_static` [name], `pictures` [path]; with `rule` also `rule` {`motion`, `total`, `sequences`}.
+        Scores are `scans`, `points` (with a label), `moving_points`, `moving_iou`, `moving_precision`,
+        `moving_recall`, `static_iou` (movable included), `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`,
+        `moving_iou`, `moving_precision`, `moving_recall`}]; shares in 0..1, None where there is nothing to count.
     Raises: InputError naming the file or argument that cannot be used.
     """
-    if sequences is not None and split is not None:
+    of_split = None if split is None else split_frames(data, split)
+    if sequences is not None and split is not None and of_split is None:
         raise InputError("sequences and split exclude each other: give one of them")
     if frames is not None and pictures is None:
         raise InputError("frames says which scans to draw, so it needs pictures, the folder for them")
     if pictures is not None:
         need_matplotlib()  # now, not after the counting
-    asked = split_sequences(split) if split is not None else sequences
-    scored, left_out = find_scored(data, predictions, asked, allow_missing)
-    frames = None if frames is None else list(frames)
     made_with = read_manifest(predictions)
+    profile = profile_of(made_with)
+    asked = split_sequences(split) if split is not None and of_split is None else sequences
+    scored, left_out = find_scored(data, predictions, asked, allow_missing, of_split, profile.remission_scale)
+    frames = None if frames is None else list(frames)
     nowhere = set(frames or ()).difference(*(one.frames for one in scored))
     if nowhere:
         raise InputError(
             f"frame {min(nowhere)}: no scored sequence has labels and a prediction for it, so it cannot be drawn"
         )
-    for sequence, _, _ in scored:
-        if rule and not sequence.has_poses:
-            raise InputError(f"{sequence.folder / 'poses.txt'}: does not exist, and the rule needs poses")
+    poses = {one.sequence.name: _poses(data, predictions, one.sequence, profile) if rule else None for one in scored}
 
-    by_prediction, by_rule, to_draw = {}, {}, []
+    by_prediction, by_rule, to_draw, taken_for_static = {}, {}, [], []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
         task = bar.add_task("", total=sum(len(one.sequence.frames if rule else one.frames) for one in scored))
@@ -274,8 +309,12 @@ def evaluate_predictions(
             name = one.sequence.name
             bar.update(task, description=f"sequence {name}")
             by_prediction[name], by_rule[name], fullest = count_sequence(
-                one, predictions, rule, lambda: bar.advance(task)
+                one, predictions, poses[name], profile, lambda: bar.advance(task)
             )
+            if by_prediction[name].unlabeled_is_static():
+                taken_for_static.append(name)
+                by_prediction[name].count_unlabeled_as_static()
+                by_rule[name].count_unlabeled_as_static()
             chosen = [fullest] if frames is None else [frame for frame in frames if frame in one.frames]
             to_draw += [(one.sequence, frame) for frame in chosen]
 
@@ -292,12 +331,21 @@ def evaluate_predictions(
             s.name: n for s, known, missing in scored if (n := len(s.frames) - len(known) - len(missing))
         },
         "missing_predictions": {s.name: len(missing) for s, _, missing in scored if missing},
+        "unlabeled_is_static": taken_for_static,
         "pictures": [str(path) for path in drawn],
     }
     if rule:
         motion = {"form": RULE.form, "num_channels": RULE.num_channels, "lookahead": RULE.lookahead}
         report["rule"] = {"motion": motion, **_scores_of_all(by_rule, movable=False)}
     return report
+
+
+def _poses(data: str | Path, predictions: str | Path, sequence: Sequence, profile: SensorProfile) -> np.ndarray:
+    """Of the scans as the rule gets them, from beside them, else those that kdmos predict got by odometry."""
+    saved = saved_poses(predictions, data, sequence)
+    if saved is None and not sequence.has_poses:
+        raise InputError(f"{sequence.folder / 'poses.txt'}: does not exist, and the rule needs poses")
+    return profile.apply_to_pose(sequence.poses() if saved is None else saved)
 
 
 def _scores_of_all(tallies: dict[str, Tally], movable: bool) -> dict:
@@ -406,6 +454,7 @@ def print_report(report: dict, console: Console) -> None:
     if report["made_with"]:
         lines.append("predictions: " + ", ".join(f"{key} {value}" for key, value in report["made_with"].items()))
     lines += [f"not scored: {line}" for line in _not_scored(report)]
+    lines += [f"note: {line}" for line in _notes(report)]
     lines += [f"picture: {path}" for path in report["pictures"]]
     if "rule" in report:
         lines.append(f"rule: {_rule_in_words(report)}")
@@ -421,6 +470,13 @@ def _not_scored(report: dict) -> list[str]:
         *(f"{name} ({reason})" for name, reason in report["left_out"].items()),
         *(scans(n, name, "scan", "labels") for name, n in report["unlabelled_scans"].items()),
         *(scans(n, name, "labelled scan", "prediction") for name, n in report["missing_predictions"].items()),
+    ]
+
+
+def _notes(report: dict) -> list[str]:
+    return [
+        f"the labels of {name} are 0 and moving ones alone, so 0 counts as static"
+        for name in report["unlabeled_is_static"]
     ]
 
 
@@ -457,6 +513,7 @@ def html_report(report: dict, pictures: Iterable[str | Path] = (), curves: dict 
         "SemanticKITTI evaluation of moving-object segmentation counts them."
     )
     blocks = [Figures(headline), *score_blocks(methods), *(f"Not scored: {line}." for line in _not_scored(report))]
+    blocks += [f"Note: {line}." for line in _notes(report)]
     sections = [Section("Scores", blocks)]
     if charts := curve_charts(methods):
         sections.append(Section("Learning curves", charts))
@@ -491,7 +548,7 @@ def evaluate(
         str | None,
         typer.Option(help="Score these, e.g. 08,09. Without: all that have labels and predictions."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help=f"Score a whole split: {', '.join(SPLITS)}.")] = None,
+    split: Annotated[str | None, typer.Option(help=f"Score a whole split: {', '.join(SPLIT_NAMES)}.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     rule: Annotated[
         bool, typer.Option("--rule", help="Score the training-free rule beside it (half of the residuals non-zero).")

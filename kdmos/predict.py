@@ -21,7 +21,7 @@ from kdmos.data.bags import BagScans
 from kdmos.data.labels import to_raw
 from kdmos.data.poses import poses_from_file
 from kdmos.data.profile import SensorProfile, check_remission, differences, load_profile
-from kdmos.data.semantic_kitti import MANIFEST, read_manifest, split_sequences
+from kdmos.data.semantic_kitti import MANIFEST, SPLIT_NAMES, read_manifest, split_sequences
 from kdmos.data.source import ScanSource, WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
@@ -252,7 +252,7 @@ def predict(
     ] = Path("synthetic"),
     output: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
     sequences: Annotated[str | None, typer.Option(help="Names, e.g. 11,12; all by default.")] = None,
-    split: Annotated[str | None, typer.Option(help="train, valid or test instead of names.")] = None,
+    split: Annotated[str | None, typer.Option(help=f"A split instead of names: {', '.join(SPLIT_NAMES)}.")] = None,
     topic: Annotated[str | None, typer.Option(help="Of a bag: its PointCloud2 topic, if it has several.")] = None,
     poses: Annotated[
         Path | None, typer.Option(help="LiDAR poses in KITTI's or TUM's format, instead of those beside the scans.")

@@ -422,3 +422,84 @@ def test_as_a_module(tiny):
     done = subprocess.run([*command, "--split", "train"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.startswith("kdmos evaluate: ") and "Traceback" not in done.stderr
+
+
+# --- data sets near SemanticKITTI, and predictions of another sensor or by odometry
+
+
+def rule_predictions(data, output, *options):
+    with pytest.raises(SystemExit) as stop:
+        predict.main([str(part) for part in (data, "--checkpoint", "rule", "--output", output, *options)])
+    return stop.value.code
+
+
+@pytest.fixture
+def helimos(tmp_path, write_sequence):
+    """Two sensors, remission of 0..255, labels 0, 9, 251 of some scans, one list of frames for all sensors."""
+    root = tmp_path / "data"
+    for sensor in ("Velodyne", "Avia"):
+        folder = write_sequence(root / "Deskewed_LiDAR" / sensor)
+        for frame in range(14):
+            points = np.fromfile(folder / "velodyne" / f"{frame:06d}.bin", np.float32).reshape(-1, 4)
+            (points * np.array([1, 1, 1, 255], np.float32)).tofile(folder / "velodyne" / f"{frame:06d}.bin")
+            path = folder / "labels" / f"{frame:06d}.label"
+            classes = to_classes(np.fromfile(path, np.uint32), CLASSES[4], path)
+            np.array([0, 9, 9, 251], np.uint32)[classes].tofile(path)
+            if frame % 2:
+                path.unlink()
+    (root / "test.txt").write_text("4\n6\n8\n20\n")
+    return root
+
+
+def test_helimos_is_predicted_with_its_scale_and_scored_by_its_lists(helimos, tmp_path, capsys):
+    output = tmp_path / "predicted"
+    assert rule_predictions(helimos, output) == 1  # of another scale: every scan is listed
+    shutil.rmtree(output)
+    (tmp_path / "sensor.yaml").write_text("remission_scale: 255")
+    assert rule_predictions(helimos, output, "--sensor", tmp_path / "sensor.yaml") == 0
+    report = evaluate_predictions(helimos, output, split="test", rule=True)
+    assert {name: found["scans"] for name, found in report["sequences"].items()} == {"Avia": 3, "Velodyne": 3}
+    assert report["rule"]["total"] == report["total"] and report["total"]["moving_iou"] > 0
+    assert report["unlabeled_is_static"] == []
+    one = evaluate_predictions(helimos, output, ["Avia"], split="test")
+    assert list(one["sequences"]) == ["Avia"]
+    assert evaluate_predictions(helimos, output)["total"]["scans"] == 14  # all that have labels
+
+
+def test_a_narrow_view_is_the_rules_too(helimos, tmp_path):
+    (tmp_path / "sensor.yaml").write_text("remission_scale: 255\nheight: 2.0\nfield_of_view: [-90, 90]")
+    assert rule_predictions(helimos, tmp_path / "predicted", "--sensor", tmp_path / "sensor.yaml") == 0
+    report = evaluate_predictions(helimos, tmp_path / "predicted", rule=True)
+    assert report["rule"]["total"] == report["total"]
+    manifest = tmp_path / "predicted" / "predict.json"
+    manifest.write_text(manifest.read_text().replace("field_of_view", "field"))
+    with pytest.raises(InputError, match="the sensor noted beside the predictions is damaged"):
+        evaluate_predictions(helimos, tmp_path / "predicted")
+
+
+def test_poses_by_odometry_serve_the_rule(tmp_path, write_sequence):
+    pytest.importorskip("kiss_icp")
+    folder = write_sequence(tmp_path / "data" / "sequences" / "00")
+    (folder / "poses.txt").unlink()
+    assert rule_predictions(tmp_path / "data", tmp_path / "predicted") == 0
+    report = score(tmp_path, rule=True)
+    assert report["rule"]["total"] == report["total"]
+    (tmp_path / "predicted" / "sequences" / "00" / "poses.txt").unlink()
+    with pytest.raises(InputError, match="the rule needs poses"):
+        score(tmp_path, rule=True)
+
+
+def test_labels_that_know_no_static_points(tmp_path, capsys):
+    """As those of Apollo: 0 is all that does not move. Where static points are known, 0 is unlabeled."""
+    add_scan(tmp_path, "02", 0, [0, 0, 0, 251], [9, 251, 9, 251])
+    add_scan(tmp_path, "03", 0, [0, 9, 251], [251, 9, 251])
+    add_scan(tmp_path, "04", 0, [0, 0], [9, 251])  # nothing says what 0 is
+    report = score(tmp_path)
+    assert report["unlabeled_is_static"] == ["02"]
+    assert report["sequences"]["02"]["points"] == 4
+    assert report["sequences"]["02"]["moving_iou"] == pytest.approx(1 / 2)
+    assert report["sequences"]["03"]["moving_iou"] == 1
+    assert report["sequences"]["04"]["points"] == 0
+    assert run_main(tmp_path / "data", tmp_path / "predicted", "--report", tmp_path / "page.html") == 0
+    assert "note: the labels of 02 are 0 and moving ones alone, so 0 counts as static" in capsys.readouterr().out
+    assert "the labels of 02 are 0 and moving ones alone" in (tmp_path / "page.html").read_text()

@@ -114,6 +114,14 @@ class SensorProfile:
         return {name: value for name, value in asdict(self).items() if value != asdict(SensorProfile())[name]}
 
 
+def profile_of(manifest: dict | None) -> SensorProfile:
+    """The profile that predictions were made with, by what `kdmos predict` noted beside them (None: nothing)."""
+    try:
+        return TypeAdapter(SensorProfile).validate_python((manifest or {}).get("sensor", {}))
+    except ValidationError as error:
+        raise InputError(f"the sensor noted beside the predictions is damaged: {error.errors()[0]['msg']}") from error
+
+
 def load_profile(path: str | Path) -> SensorProfile:
     """A sensor's profile from a YAML that states what differs from `SensorProfile`.
 

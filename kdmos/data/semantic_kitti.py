@@ -29,7 +29,10 @@ ROAD_SPLITS: dict[str, tuple[str, ...]] = {
     "valid": ("35", "36", "37", "38", "39", "41"),
 }
 
+SPLIT_NAMES = (*SPLITS, *(f"road-{name}" for name in ROAD_SPLITS))
+
 MANIFEST = "predict.json"  # beside predictions: what they were made with
+ROOTS = ("sequences", "Deskewed_LiDAR")  # what holds the sequences in a data root: SemanticKITTI's, HeLiMOS's
 POINT_BYTES = 16  # x, y, z, remission as float32
 # Remission is 0..1 by convention and 0..0.99 in KITTI; converters of other sensors overshoot a little. In a file
 # with another number of columns the 4th value read is mostly a coordinate: in real ones over 90 % of them lie
@@ -59,20 +62,40 @@ def read_manifest(predictions: str | Path) -> dict | None:
 
 
 def split_sequences(split: str, kitti_road: bool = False) -> tuple[str, ...]:
-    """Names of a split's sequences: "train", "valid" or "test"; with `kitti_road` also KITTI-road's.
+    """Names of a split's sequences: "train", "valid" or "test"; with `kitti_road` also KITTI-road's, whose own are
+    "road-train" and "road-valid".
 
     Warns if that takes in road 41. Raises InputError for another split.
     """
-    if split not in SPLITS:
-        raise InputError(f"split '{split}': expected one of {', '.join(SPLITS)}")
-    road = ROAD_SPLITS.get(split, ()) if kitti_road else ()
+    if split not in SPLIT_NAMES:
+        raise InputError(f"split '{split}': expected one of {', '.join(SPLIT_NAMES)}")
+    own, split = SPLITS.get(split, ()), split.removeprefix("road-")
+    road = ROAD_SPLITS.get(split, ()) if kitti_road or not own else ()
     if "41" in road:
         warnings.warn(
             f"KITTI-road sequence 41 ({split}) overlaps SemanticKITTI test sequence 20: a model chosen with it "
             "has seen part of the test set",
             stacklevel=2,
         )
-    return SPLITS[split] + road
+    return own + road
+
+
+def split_frames(root: str | Path, split: str) -> frozenset[int] | None:
+    """Frame numbers of a split in a data set that divides the scans of every sequence, as HeLiMOS does.
+
+    Args:
+        root: Data root; the split is the file train.txt, val.txt or test.txt in it, one frame number a line.
+        split: "train", "valid" or "test".
+    Returns: None where there is no such file.
+    Raises: InputError if it holds something else.
+    """
+    path = Path(root) / f"{'val' if split == 'valid' else split}.txt"
+    if not path.is_file():
+        return None
+    words = read_text(path, "split").split()
+    if not words or not all(re.fullmatch("[0-9]+", word) for word in words):
+        raise InputError(f"{path}: expected the frame numbers of the split, one a line")
+    return frozenset(map(int, words))
 
 
 def read_points(path: str | Path, remission_scale: float = 1.0) -> np.ndarray:
@@ -260,7 +283,13 @@ class Sequence(ScanSource):
 
     @property
     def has_poses(self) -> bool:
-        return (self.folder / "poses.txt").exists()
+        return self.poses_path.exists()
+
+    @property
+    def poses_path(self) -> Path:
+        """In the folder, or as KITTI odometry has it: poses/NN.txt beside sequences/."""
+        own, beside = self.folder / "poses.txt", self.folder.parent.parent / "poses" / f"{self.folder.name}.txt"
+        return beside if beside.exists() and not own.exists() else own
 
     def poses(self) -> np.ndarray:
         """LiDAR pose of each frame, float64 [len(frames), 4, 4], in the frame of LiDAR 0; see `read_poses`.
@@ -269,14 +298,14 @@ class Sequence(ScanSource):
         """
         if self.frames[-1] >= len(self._pose_rows):
             raise InputError(
-                f"{self.folder / 'poses.txt'}: has {len(self._pose_rows)} rows, but the scans go up to frame "
+                f"{self.poses_path}: has {len(self._pose_rows)} rows, but the scans go up to frame "
                 f"{self.frames[-1]}; row i (from 0) must be the pose of frame number i"
             )
         return self._pose_rows[list(self.frames)]
 
     @cached_property
     def _pose_rows(self) -> np.ndarray:
-        return read_poses(self.folder / "poses.txt", self.folder / "calib.txt")
+        return read_poses(self.poses_path, self.folder / "calib.txt")
 
 
 def find_sequences(
@@ -285,8 +314,8 @@ def find_sequences(
     """Sequences under a folder, in the order of `names`, else by name.
 
     Args:
-        root: A data root (holds sequences/NN/), its `sequences` folder, or one bare sequence folder (holds
-            velodyne/), whose name is the folder's.
+        root: A data root (holds sequences/NN/, or Deskewed_LiDAR/<sensor>/ as HeLiMOS does), the folder of sequences in
+            it, or one bare sequence folder (holds velodyne/), whose name is the folder's.
         names: Which sequences; None means all that have scans.
         remission_scale: What brings their remission to 0..1.
     Raises: InputError if a path or a named sequence is missing, there is no scan, or its name is no number.
@@ -300,7 +329,7 @@ def find_sequences(
     if (root / "velodyne").is_dir():
         folders = {root.name: root}
     else:
-        parent = root / "sequences" if (root / "sequences").is_dir() else root
+        parent = next((root / name for name in ROOTS if (root / name).is_dir()), root)
         folders = {f.name: f for f in sorted(parent.iterdir()) if (f / "velodyne").is_dir()}
     if not folders:
         raise InputError(

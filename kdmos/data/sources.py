@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdmos.data.bags import BAGS, BagScans
 from kdmos.data.files import KINDS, find_files
-from kdmos.data.semantic_kitti import find_sequences
+from kdmos.data.semantic_kitti import ROOTS, find_sequences
 from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
 
@@ -68,4 +68,4 @@ def _is_semantic_kitti(path: Path) -> bool:
     """Also of what is not there, so that the reader of that layout says so."""
     if not path.is_dir() or path.name == "velodyne":
         return True
-    return any((path / name).is_dir() for name in ("velodyne", "sequences")) or any(path.glob("*/velodyne/"))
+    return any((path / name).is_dir() for name in ("velodyne", *ROOTS)) or any(path.glob("*/velodyne/"))

@@ -15,8 +15,10 @@ from kdmos.data.semantic_kitti import (
     read_labels,
     read_points,
     read_poses,
+    split_frames,
     split_sequences,
 )
+from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
 
 
@@ -61,6 +63,24 @@ def test_kitti_road_is_an_option_and_warns_of_the_overlap(recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match="41 .*overlaps SemanticKITTI test sequence 20"):
         assert split_sequences("valid", kitti_road=True) == ("08", "35", "36", "37", "38", "39", "41")
+
+
+def test_kitti_roads_own_splits():
+    assert split_sequences("road-train") == ("30", "31", "32", "33", "34", "40")
+    with pytest.warns(UserWarning, match="41"):
+        assert split_sequences("road-valid") == ("35", "36", "37", "38", "39", "41")
+    with pytest.raises(InputError, match="expected one of train, valid, test, road-train, road-valid"):
+        split_sequences("road-test")
+
+
+def test_splits_of_the_scans_of_every_sequence(tmp_path):
+    assert split_frames(tmp_path, "test") is None
+    (tmp_path / "val.txt").write_text("3\n000012\n7\n")
+    assert split_frames(tmp_path, "valid") == {3, 7, 12}
+    for wrong in ("", "3\nseven\n"):
+        (tmp_path / "val.txt").write_text(wrong)
+        with pytest.raises(InputError, match=r"val.txt: expected the frame numbers of the split"):
+            split_frames(tmp_path, "valid")
 
 
 def test_unknown_split():
@@ -472,3 +492,35 @@ def test_lists_that_name_nothing(tmp_path):
             drop_static_scans(sequence, path)
     with pytest.raises(InputError, match=r"no\.txt: the list file does not exist"):
         drop_static_scans(sequence, tmp_path / "no.txt")
+
+
+# ---- data sets near SemanticKITTI
+
+
+def test_kitti_odometry_has_the_poses_of_all_sequences_in_one_folder(tmp_path):
+    folder = make_sequence(tmp_path / "sequences" / "05")
+    (sequence,) = find_sequences(tmp_path)
+    assert not sequence.has_poses
+    (folder / "calib.txt").write_text("Tr: 1 0 0 0 0 1 0 0 0 0 1 0\n")
+    (tmp_path / "poses").mkdir()
+    (tmp_path / "poses" / "05.txt").write_text("".join(f"1 0 0 {i} 0 1 0 0 0 0 1 0\n" for i in range(3)))
+    for root in (tmp_path, folder):
+        (sequence,) = find_sequences(root)
+        assert sequence.has_poses
+        np.testing.assert_array_equal(sequence.poses()[:, 0, 3], [0, 1, 2])
+    (folder / "poses.txt").write_text("".join(f"1 0 0 {2 * i} 0 1 0 0 0 0 1 0\n" for i in range(3)))
+    np.testing.assert_array_equal(
+        find_sequences(folder)[0].poses()[:, 0, 3], [0, 2, 4]
+    )  # the sequence's own come first
+    (folder / "poses.txt").unlink()
+    (tmp_path / "poses" / "05.txt").write_text("1 0 0 0 0 1 0 0 0 0 1 0\n")
+    with pytest.raises(InputError, match=r"05.txt: has 1 rows, but the scans go up to frame 2"):
+        find_sequences(folder)[0].poses()
+
+
+def test_helimos_names_its_sequences_by_sensor(tmp_path):
+    for sensor in ("Velodyne", "Avia", "Aeva", "Ouster"):
+        make_sequence(tmp_path / "KAIST05" / "Deskewed_LiDAR" / sensor)
+    for root in (tmp_path / "KAIST05", tmp_path / "KAIST05" / "Deskewed_LiDAR"):
+        assert [sequence.name for sequence in find_sequences(root)] == ["Aeva", "Avia", "Ouster", "Velodyne"]
+        assert [sequence.name for sequence in open_sources(root, ["Avia"])] == ["Avia"]
