@@ -43,6 +43,13 @@ def poses_from_file(source: ScanSource, path: str | Path, calib: str | Path | No
         time of the poses by more than a scan.
     """
     poses, stamps = read_pose_file(path, calib)
+    travelled = np.abs((np.linalg.inv(poses[:-1]) @ poses[1:])[:, :3, 3]).sum(0)  # along x, y, z
+    if calib is None and travelled[2] > max(1.0, 2 * travelled[:2].max()):
+        warnings.warn(
+            f"{path}: the motion is along z, as in poses of a camera, but they are taken for the LiDAR's (x forward, z "
+            "up); give the camera's calibration with --calib",
+            stacklevel=2,
+        )
     wanted = None if stamps is None else source.stamps()
     if wanted is not None:
         return _at(wanted, stamps, poses, source, path)

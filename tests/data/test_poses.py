@@ -52,6 +52,16 @@ def test_rows_are_lidar_poses_or_those_of_a_camera(tmp_path):
     np.testing.assert_allclose(poses_from_file(source(), path, calib), rows @ camera_from_lidar, atol=1e-12)
 
 
+def test_poses_of_a_camera_without_its_calibration_are_said(tmp_path, recwarn):
+    ahead = [pose(0, 0, 1.5 * i) for i in range(3)]
+    calib = write(tmp_path / "calib.txt", f"Tr: {kitti(pose(rotation=[[0, -1, 0], [0, 0, -1], [1, 0, 0]]))[0]}")
+    poses_from_file(source(), write(tmp_path / "lidar.txt", *kitti(*(pose(i) for i in range(3)))))
+    poses_from_file(source(), write(tmp_path / "camera.txt", *kitti(*ahead)), calib)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the motion is along z, as in poses of a camera.*--calib"):
+        poses_from_file(source(), tmp_path / "camera.txt")
+
+
 def test_rows_belong_to_scans_in_order_or_by_number(tmp_path):
     path = write(tmp_path / "poses.txt", *kitti(*[pose(i) for i in range(5)]))
 
