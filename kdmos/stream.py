@@ -258,7 +258,7 @@ class MosStream:
         if not self._has_poses:
             if pose is not None:
                 new.notes.append("its pose is not used, because the scans before it came without")
-            return self._odometry_pose(points, new.stamp) if len(new.points) else None
+            return self._odometry_pose(points, new) if len(new.points) else None
         if pose is None:
             new.notes.append("it has no pose: it is left out")
             return None
@@ -269,12 +269,13 @@ class MosStream:
             return None
         return pose.copy()
 
-    def _odometry_pose(self, points: np.ndarray | Tensor, stamp: float | None) -> np.ndarray:
+    def _odometry_pose(self, points: np.ndarray | Tensor, new: _Waiting) -> np.ndarray:
         if self._odometry is None:
             from kdmos.odometry import Odometry
 
             self._odometry = Odometry()
-        return self._odometry.push(points.numpy(force=True) if isinstance(points, Tensor) else points, stamp)
+        points = points.numpy(force=True) if isinstance(points, Tensor) else points
+        return self._odometry.push(points[new.used], new.stamp)
 
     def _of_points(self, pose: np.ndarray) -> np.ndarray:
         """The pose of the points as the network gets them."""
