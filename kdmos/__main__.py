@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "Train or distil a student on labelled sequences.",
     "synth": "Make labelled LiDAR sequences of made-up streets.",
     "teach": "Cache a teacher's logits for every scan, for training to learn from.",
-    "predict": "Write one label per point for every scan of a data set.",
+    "predict": "Write one label per point for every scan of a folder, a bag or a data set.",
     "evaluate": "Score predictions: moving IoU, per class, by range; pictures, an HTML report.",
     "view": "Show scans, labels and predictions: in a viewer, as pictures, as a film.",
     "clean": "Write sequences, or one map, without their moving points.",

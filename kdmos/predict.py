@@ -28,7 +28,7 @@ from kdmos.errors import InputError
 from kdmos.inference import Model, ScanLogits, choose_device, fingerprint, prepared, sequence_logits
 from kdmos.models import SHIPPED, Rule, load_model
 from kdmos.motion import warn_of_incomplete
-from kdmos.odometry import odometry_poses, poses_path, saved_poses, write_poses
+from kdmos.odometry import Odometry, odometry_poses, poses_path, saved_poses, write_poses
 
 CARD = "kdmos/weights/synthetic.md"
 
@@ -300,7 +300,9 @@ def predict(
     without = [one for one in found if odometry or (poses is None and not one.has_poses)]
     given = [WithPoses(one, poses_from_file(one, poses, calib)) for one in found] if poses is not None else found
     for one in given:
-        if one not in without:
+        if one in without:
+            Odometry()  # says what is missing for it, now
+        else:
             one.poses()  # all that can be wrong with them, before the first scan
     where = choose_device(device)
     model = prepared(load_model(checkpoint, where, lookahead=lookahead, force=force), precision)

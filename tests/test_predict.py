@@ -239,11 +239,13 @@ def same_labels(output, others, name, other_name="00", frames=10):
         np.testing.assert_array_equal(labels(output, frame, name), labels(others, frame, other_name))
 
 
-@pytest.fixture
-def expected(data, checkpoint, tmp_path):
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, write_sequence):
     """Predictions of the sequence folder."""
-    assert run(data, "--checkpoint", checkpoint, "--output", tmp_path / "expected", "--scores") == 0
-    return tmp_path / "expected"
+    folder = tmp_path_factory.mktemp("expected")
+    data, checkpoint = write_sequence(folder / "00", frames=10), student_file(folder / "student.safetensors")
+    assert run(data, "--checkpoint", checkpoint, "--output", folder / "out", "--scores") == 0
+    return folder / "out"
 
 
 @pytest.mark.parametrize("kind", ["ros1", "sqlite3", "mcap"])
@@ -327,6 +329,16 @@ def test_odometry_where_there_are_no_poses(data, checkpoint, tmp_path, capsys, m
     assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out") == 2
     assert "holds predictions with another poses" in capsys.readouterr().err
     assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out", "--odometry") == 0
+
+
+def test_odometry_without_its_library(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "kiss_icp.config.parser", None)
+    (data / "poses.txt").unlink()
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out") == 2
+    assert (
+        "odometry needs kiss-icp: pip install 'kdmos[odometry]', or give poses of your own" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_poses_of_others_are_not_overwritten(data, tmp_path, capsys):

@@ -80,7 +80,7 @@ class SensorProfile:
         if self.remission_scale != 1 or self.height != STUDENT_HEIGHT:
             factor, lift = 1 / self.remission_scale, self.height - STUDENT_HEIGHT
             points = points * np.array([1, 1, 1, factor], np.float32) + np.array([0, 0, lift, 0], np.float32)
-        return points, kept
+        return np.ascontiguousarray(points), kept
 
     def _within(self, xyz: np.ndarray) -> np.ndarray:
         """Which points lie in range and field of view, bool [n]; any for those that are not finite."""

@@ -1,16 +1,18 @@
 """Every kind of input gives the same scans; what cannot be read says so, once, with the next step."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
-from plyfile import PlyData, PlyElement
-from pypcd4 import Encoding, PointCloud
 
 from kdmos.data.bags import points_of_message
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
 
+pytest.importorskip("rosbags")
+PlyData, PlyElement = (getattr(pytest.importorskip("plyfile"), name) for name in ("PlyData", "PlyElement"))
+Encoding, PointCloud = (getattr(pytest.importorskip("pypcd4"), name) for name in ("Encoding", "PointCloud"))
 SCANS, KINDS = 4, ("ros1", "sqlite3", "mcap")
 
 
@@ -359,6 +361,18 @@ def test_a_damaged_bag(tmp_path, bags, kind):
     file.write_bytes(b"not a bag at all")
     with pytest.raises(InputError, match="cannot be read as a bag"):
         open_sources(path)
+
+
+def test_missing_libraries_are_named_with_their_extra(tmp_path, bags, monkeypatch):
+    bag = bags.write(tmp_path / "drive.bag", [bags.xyzi(SCAN_POINTS[0])])
+    folders = {suffix: write_folder(tmp_path / suffix[1:], suffix) for suffix in (".pcd", ".ply")}
+    for library in ("rosbags.highlevel", "pypcd4", "plyfile"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=r"reading bags needs rosbags: pip install 'kdmos\[bags\]'"):
+        open_sources(bag)
+    for suffix, library in ((".pcd", "pypcd4"), (".ply", "plyfile")):
+        with pytest.raises(InputError, match=rf"needs {library}: pip install 'kdmos\[files\]'"):
+            only(folders[suffix]).read_points(0)
 
 
 # ---- PointCloud2
