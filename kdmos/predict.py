@@ -182,7 +182,7 @@ def claim(output: Path, manifest: dict | None) -> None:
     before, now = read_manifest(output), json.loads(json.dumps(manifest))
     if before is None and any(output.glob("sequences/*/predictions/*.label")):
         raise InputError(f"{output}: holds predictions that do not say how they were made; choose another --output")
-    keys = {} if before is None else {**now, **before}  # in a fixed order
+    keys = {} if before is None else {**now, **before}
     changed = [key for key in keys if before.get(key) != now.get(key)]
     if changed:
         raise InputError(f"{output}: holds predictions with another {', '.join(changed)}; choose another --output")
@@ -321,7 +321,7 @@ def predict(
         source,
         classes,
         topic=found[0].topic if isinstance(found[0], BagScans) else None,
-        poses=_said_of_poses(poses, calib, len(without), len(found)),
+        poses=_said_of_poses(poses, calib, odometry, bool(without)),
         sensor=profile.changes(),
     )
     for one in without:
@@ -346,13 +346,13 @@ def predict(
     return 1 if lost else 0
 
 
-def _said_of_poses(poses: Path | None, calib: Path | None, without: int, found: int) -> str | None:
+def _said_of_poses(poses: Path | None, calib: Path | None, odometry: bool, some_without: bool) -> str | None:
     """Where the poses are from, for the note beside the predictions; None: from beside the scans."""
     if poses is not None:
         return " and ".join(fingerprint(file) for file in (poses, calib) if file is not None)
-    if without:
-        return "odometry" if without == found else "odometry where there are none"
-    return None
+    if odometry:
+        return "odometry"
+    return "odometry where there are none" if some_without else None
 
 
 def main(argv: list[str] | None = None) -> None:

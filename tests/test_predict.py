@@ -328,7 +328,8 @@ def test_odometry_where_there_are_no_poses(data, checkpoint, tmp_path, capsys, m
     shutil.copy(kept, poses)
     assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out") == 2
     assert "holds predictions with another poses" in capsys.readouterr().err
-    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "out", "--odometry") == 0
+    assert run(data, "--checkpoint", "rule", "--output", tmp_path / "forced", "--odometry") == 0
+    same_labels(tmp_path / "forced", tmp_path / "out", "00")
 
 
 def test_odometry_without_its_library(data, tmp_path, monkeypatch, capsys):
