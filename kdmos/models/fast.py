@@ -59,8 +59,9 @@ class FoldedConv(nn.Module):
         self.bias = bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and self.slope is not None:
-            # oneDNN applies the activation before the result leaves the registers
+        if self.fused and self.slope is not None and not torch.compiler.is_compiling():
+            # oneDNN applies the activation before the result leaves the registers; but a compiler joins them itself,
+            # and what is exported must run elsewhere too
             sizes = ((1, 0), (1, 1), (1, 1), 1)
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self.weight, self.bias, *sizes, "leaky_relu", [self.slope], ""
@@ -72,6 +73,8 @@ class FoldedConv(nn.Module):
 class FoldedBlock(nn.Module):
     """A conv block. The circle is closed once for all its convolutions: each takes one sector off either end."""
 
+    wrap_around = staticmethod(ops.wrap_around)  # an attribute, because `ExportableStudent` has its own
+
     def __init__(self, block: ConvBlock, dtype: torch.dtype) -> None:
         super().__init__()
         self.convs = nn.Sequential(
@@ -80,14 +83,16 @@ class FoldedBlock(nn.Module):
 
     def forward(self, *parts: Tensor) -> Tensor:
         if parts[0].shape[3] >= len(self.convs):
-            return self.convs(ops.wrap_around(parts, len(self.convs)))
+            return self.convs(self.wrap_around(parts, len(self.convs)))
         for conv in self.convs:  # the circle is shorter than what they need of it
-            parts = (conv(ops.wrap_around(parts)),)
+            parts = (conv(self.wrap_around(parts)),)
         return parts[0]
 
 
 class FoldedAttention(nn.Module):
     """`CoAttention` with its norm folded in."""
+
+    wrap_around = staticmethod(ops.wrap_around)
 
     def __init__(self, attention: CoAttention, dtype: torch.dtype) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ class FoldedAttention(nn.Module):
         self.spatial, self.channel = (copy.deepcopy(part).to(dtype) for part in (attention.spatial, attention.channel))
 
     def forward(self, appearance: Tensor, motion: Tensor) -> Tensor:
-        gates = self.gate(ops.wrap_around([self.fuse(appearance, motion)])).float().sigmoid().mean((2, 3))  # [B, 2]
+        gates = self.gate(self.wrap_around([self.fuse(appearance, motion)])).float().sigmoid().mean((2, 3))  # [B, 2]
         return attend(appearance, motion, gates, self.spatial, self.channel)
 
 
@@ -116,8 +121,8 @@ class FoldedEncoder(nn.Module):
         rings, sectors, _ = bins
         places = num_scans * rings * sectors
         values = torch.addcmul(self.background, values.float(), self.factor).to(self.dtype)
-        dense = self.background.to(self.dtype).repeat(places + 1, 1).index_copy_(0, cells, values)
-        dense = dense[:places]  # the last row is where cells that are padding go
+        background = self.background.expand(places + 1, -1)  # the last row is where cells that are padding go
+        dense = values.new_empty(background.shape).copy_(background).index_copy_(0, cells, values)[:places]
         return dense.view(num_scans, rings, sectors, -1).permute(0, 3, 1, 2)
 
     def level(self, index: int, x: Tensor) -> Tensor:
@@ -125,6 +130,8 @@ class FoldedEncoder(nn.Module):
 
 
 class FoldedDecoderLevel(nn.Module):
+    dysample = staticmethod(ops.dysample)
+
     def __init__(self, level: DecoderLevel, dtype: torch.dtype) -> None:
         super().__init__()
         self.up, self.block = level.up, FoldedBlock(level.block, dtype)
@@ -141,7 +148,7 @@ class FoldedDecoderLevel(nn.Module):
             return self.up(x.float()).to(self.dtype)
         # the start is added in float32: half precision cannot tell sub-pixels apart
         offset = F.conv2d(x, self.weight).float() + self.bias[:, None, None]
-        return ops.dysample(x, offset, self.up.scale, self.up.groups, self.up.circular)
+        return self.dysample(x, offset, self.up.scale, self.up.groups, self.up.circular)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.block(skip, self.upsample(x))
@@ -196,16 +203,36 @@ class FastStudent(nn.Module):
     def moving(self) -> int:
         return self.settings.moving
 
+    def point_features(self, x: Tensor) -> Tensor:
+        """[n, 9] -> [n, 256], of which each cell takes the largest."""
+        for weight, bias in self.mlp:
+            x = F.linear(x.to(weight.dtype), weight, bias).relu_()
+        return x.to(self.last.dtype) @ self.last.T
+
+    def compressed(self, maximum: Tensor) -> Tensor:
+        """[M, 256] -> [M, 32], what a cell has in the dense view."""
+        return F.linear(maximum, self.compress, self.compress_bias).relu_()
+
     def cell_features(self, features: Tensor, start: Tensor) -> Tensor:
         """[N, 9] sorted by cell -> [M, 32], a chunk of whole cells after the other."""
         out = []
         for first, last, begin, end in chunks(start):
-            x = features[begin:end]
-            for weight, bias in self.mlp:
-                x = F.linear(x.to(weight.dtype), weight, bias).relu_()
-            x = sorted_max(x.to(self.last.dtype) @ self.last.T, start[first : last + 1] - begin)
-            out.append(F.linear(x, self.compress, self.compress_bias).relu_())
+            x = self.point_features(features[begin:end])
+            out.append(self.compressed(sorted_max(x, start[first : last + 1] - begin)))
         return torch.cat(out)
+
+    def unet(self, appearance: Tensor, motion: Tensor) -> Tensor:
+        """[B, 32, R, A] and [B, K, R, A] -> [B, 32, R, A]."""
+        skips = []
+        for level, attention in enumerate(self.attention):
+            appearance = self.appearance.level(level, appearance)
+            motion = self.motion.level(level, motion)
+            appearance = attention(appearance, motion)
+            skips.append(appearance)
+        x = self.appearance.level(len(skips), appearance)
+        for level in self.decoder:
+            x = level(x, skips.pop())
+        return x
 
     @torch.inference_mode()
     def forward(self, points: Tensor, offsets: Tensor, residual: Tensor, fixed_size: bool = False) -> StudentOutput:
@@ -218,15 +245,7 @@ class FastStudent(nn.Module):
         appearance = self.appearance.image(values, cells, num_scans, bins)
         motion, _ = ops.polar_scatter(residual, gridded.cell_rank, len(cells), order)
         motion = self.motion.image(motion, cells, num_scans, bins)
-        skips = []
-        for level, attention in enumerate(self.attention):
-            appearance = self.appearance.level(level, appearance)
-            motion = self.motion.level(level, motion)
-            appearance = attention(appearance, motion)
-            skips.append(appearance)
-        x = self.appearance.level(len(skips), appearance)
-        for level in self.decoder:
-            x = level(x, skips.pop())
+        x = self.unet(appearance, motion)
         return StudentOutput(ops.voxel_head(x, gridded.voxels, self.head_weight, self.head_bias, grid), gridded)
 
 

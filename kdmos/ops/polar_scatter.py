@@ -105,6 +105,8 @@ def sorted_max(rows: Tensor, start: Tensor) -> Tensor:
     """
     num_cells = len(start) - 1
     if native.serves(rows):
+        if torch.compiler.is_compiling():  # the number of cells would be a constant as an argument of an op
+            return torch.ops.kdmos.polar_scatter(rows, None, start)[0]
         cells = torch.arange(num_cells, device=rows.device)
         return torch.ops.kdmos.polar_scatter_bev(rows, None, start, cells, num_cells)
     cell = torch.searchsorted(start[1:], torch.arange(len(rows), device=rows.device), right=True)
@@ -142,10 +144,10 @@ class LinearMax(torch.autograd.Function):
 def chunks(start: Tensor) -> list[tuple[int, int, int, int]]:
     """Runs of whole cells of about CHUNK rows: (first cell, last cell, first row, last row), ends excluded.
 
-    One run on other devices than a CPU: there they would only keep it waiting.
+    One run on other devices than a CPU, which they would only keep waiting, and for a compiler, which knows no values.
     """
     num_cells = len(start) - 1
-    if start.device.type != "cpu":
+    if start.device.type != "cpu" or torch.compiler.is_compiling():
         return [(0, num_cells, 0, None)]
     num_rows = int(start[-1])
     cuts = torch.searchsorted(start, torch.tensor(range(CHUNK, num_rows, CHUNK), dtype=torch.int64)).unique().tolist()
