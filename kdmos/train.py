@@ -21,6 +21,7 @@ import typer
 from torch import Tensor
 
 from kdmos import __version__, metrics, ops
+from kdmos.card import write_card
 from kdmos.checkpoint import write_atomic
 from kdmos.command import fail, run
 from kdmos.config import Config, RunConfig, TeacherConfig, dump_config, load_config
@@ -424,15 +425,16 @@ class Keep(Callback):
         low, high = seen[:, 0].amin(0).tolist(), seen[:, 1].amax(0).tolist()
         if not trainer.is_global_zero:
             return
-        save_model(
-            self.config.output / name,
-            module.model,
+        about = {
             **self.about,
-            metrics={name: None if np.isnan(value) else value for name, value in values.items()},
-            epoch=trainer.current_epoch + 1,
-            step=trainer.global_step,
-            sensor={axis: [low[i], high[i]] for i, axis in enumerate(("x", "y", "z", "remission"))},
-        )
+            "metrics": {name: None if np.isnan(value) else value for name, value in values.items()},
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "sensor": {axis: [low[i], high[i]] for i, axis in enumerate(("x", "y", "z", "remission"))},
+        }
+        path = self.config.output / name
+        save_model(path, module.model, **about)
+        write_card(path.with_suffix(".md"), module.model, path.stem, about)
 
 
 class Report(Callback):
@@ -589,7 +591,7 @@ def train(
     """Train or distil a student; or train a teacher, if the config has a key teacher (--config teacher_demo).
 
     Writes to output=: config.yaml (all settings), best.safetensors (by moving IoU) and last.safetensors (models
-    to predict with), state.ckpt (to resume from), tensorboard/.
+    to predict with) with their cards (.md), state.ckpt (to resume from), tensorboard/.
     """
     fit(load_config(config, overrides or []), resume)
 

@@ -63,6 +63,9 @@ def test_a_run_leaves_what_it_promises(uninterrupted, data):
     assert saved["seed"] == 0 and saved["student"]["grid"]["bins"] == [48, 32, 8]
     assert list((uninterrupted / "tensorboard").glob("events*"))
     assert load_student(uninterrupted / train.BEST).settings == student.settings
+    for name in (train.BEST, train.LAST):
+        card = (uninterrupted / name).with_suffix(".md").read_text()
+        assert card.startswith(f"# {name.partition('.')[0]}\n") and "| trained on | sequence 00 |" in card
     assert not list(uninterrupted.glob(".*.part"))
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "TeacherSettings",
     "build_student",
     "build_teacher",
+    "header_of",
     "load_model",
     "load_student",
     "load_teacher",
@@ -93,10 +94,16 @@ def save_model(path: str | Path, model: Student | Teacher, dtype: torch.dtype | 
     """
     from kdmos import checkpoint  # here, so that the networks alone need nothing but torch and numpy
 
-    settings, weights = asdict(model.settings), model.state_dict()
+    weights = model.state_dict()
     if dtype is not None:  # the statistics of the norms stay as they are: they are few, and their range is wide
         weights |= {key: value.to(dtype) for key, value in model.named_parameters()}
-    checkpoint.save(path, weights, {**about, "model": settings.pop("name"), **settings})
+    checkpoint.save(path, weights, header_of(model, about))
+
+
+def header_of(model: Student | Teacher, about: dict) -> dict:
+    """The header of a model's file: JSON-able facts about it, and all that its shape and meaning depend on."""
+    settings = asdict(model.settings)
+    return {**about, "model": settings.pop("name"), **settings}
 
 
 def load_student(
