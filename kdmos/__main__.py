@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "Score predictions: moving IoU, per class, by range; pictures, an HTML report.",
     "view": "Show scans, labels and predictions: in a viewer, as pictures, as a film.",
     "clean": "Write sequences, or one map, without their moving points.",
+    "export": "Write a student as ONNX or as a torch.export program, checked on scans.",
     "demo": "From nothing to a distilled student and a report, in ten minutes.",
     "bench": "Compare the speed of this machine's build with plain torch, op by op and end to end.",
     "doctor": "Say what is installed, what is built, and what to do about the rest.",
