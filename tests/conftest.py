@@ -61,6 +61,25 @@ def write_sequence(golden):
     return write
 
 
+@pytest.fixture(scope="session")
+def stirred():
+    """stirred(model) -> the model, its norms as if they had seen something and its 1x1 convolutions no longer small."""
+
+    def stir(model: torch.nn.Module) -> torch.nn.Module:
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+                    module.running_mean.normal_(std=0.3)
+                    module.running_var.uniform_(0.5, 2.0)
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_(std=0.3)
+                elif isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
+                    module.weight.normal_(std=0.2)
+        return model.eval()
+
+    return stir
+
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory, monkeypatch):
     """No test touches the user's cache."""

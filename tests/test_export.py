@@ -42,15 +42,16 @@ def data(tmp_path_factory, write_sequence):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """checkpoint("kdmos") -> file of a student with fresh weights."""
+def checkpoint(tmp_path_factory, stirred):
+    """checkpoint("kdmos") -> file of a student."""
     folder = tmp_path_factory.mktemp("students")
 
     def make(name: str):
         path = folder / f"{name}.safetensors"
         if not path.exists():
             torch.manual_seed(0)
-            save_model(path, build_student(name, grid=GRID, **STUDENTS[name]), seed=5, metrics={"moving_iou": 0.25})
+            student = stirred(build_student(name, grid=GRID, **STUDENTS[name]))
+            save_model(path, student, seed=5, metrics={"moving_iou": 0.25})
         return path
 
     return make

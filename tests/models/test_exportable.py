@@ -42,17 +42,19 @@ def test_dysample(scale, groups, circular):
 
 @pytest.mark.parametrize("name", ["kdmos", "motionbev"])
 @pytest.mark.parametrize("bins", [(41, 50, 8), (24, 16, 4)])
-def test_it_is_the_fast_student(name, bins):
+def test_it_is_the_fast_student(name, bins, stirred):
     torch.manual_seed(0)
     grid, classes = PolarGrid(bins=bins), {"kdmos": 4, "motionbev": 2}[name]
-    student = build_student(name, classes, grid=grid, motion=MotionSettings("causal", 6)).eval()
+    student = stirred(build_student(name, classes, grid=grid, motion=MotionSettings("causal", 6)))
     fast, exportable = FastStudent(student), ExportableStudent(student)
     for num_points in (700, 1):
         points, residual = one_scan(num_points, 6)
         inputs = onnx_inputs(points, residual, grid)
         with torch.no_grad():
             found = exportable(**{key: torch.from_numpy(value) for key, value in inputs.items()})
-        assert_close(found, fast(points, torch.tensor([0, num_points]), residual).point_logits)
+        expected = fast(points, torch.tensor([0, num_points]), residual).point_logits
+        # float32 sums of some hundred products in another order, through twenty layers
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_inputs_are_what_the_grid_says():
