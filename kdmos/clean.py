@@ -17,10 +17,11 @@ from rich.progress import Progress
 
 from kdmos.checkpoint import write_atomic
 from kdmos.command import listed, run
-from kdmos.data.predictions import MOVING, predicted_moving, predicted_sources, true_classes
-from kdmos.data.semantic_kitti import POINT_BYTES, Sequence, find_sequences, read_manifest
+from kdmos.data.semantic_kitti import POINT_BYTES, Sequence, read_manifest
 from kdmos.data.source import ScanSource
+from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
+from kdmos.predictions import MOVING, predicted_moving, predicted_sources, true_classes
 
 MANIFEST = "clean.json"  # beside the cleaned sequences: what they were made from
 COPIED = ("poses.txt", "calib.txt", "times.txt")
@@ -105,7 +106,7 @@ def clean_scans(
 def _files(source: ScanSource, folder: Path, frame: int) -> tuple[Path, Path | None]:
     """Where a scan goes, and its labels if the source has them."""
     name = f"{frame:0{source.width}d}"
-    has_labels = isinstance(source, Sequence) and source.labels_path(frame).exists()
+    has_labels = source.has_labels and source.labels_path(frame).exists()
     return folder / "velodyne" / f"{name}.bin", folder / "labels" / f"{name}.label" if has_labels else None
 
 
@@ -273,7 +274,12 @@ def _need_writer(suffix: str) -> None:
 
 
 def clean(
-    source: Annotated[Path, typer.Argument(help="SemanticKITTI data root, or one sequence folder with velodyne/.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of .bin, .npy, .pcd or .ply scans; ROS bag or MCAP file; SemanticKITTI data root or sequence."
+        ),
+    ],
     predictions: Annotated[
         Path | None, typer.Argument(help="What kdmos predict wrote: sequences/NN/predictions/NNNNNN.label below it.")
     ] = None,
@@ -285,6 +291,7 @@ def clean(
         typer.Option(min=0.001, max=1, help="Remove from this moving probability on (kdmos predict --scores)."),
     ] = None,
     sequences: Annotated[str | None, typer.Option(help="Names, e.g. 08,09; all by default.")] = None,
+    topic: Annotated[str | None, typer.Option(help="Of a bag: its PointCloud2 topic, if it has several.")] = None,
     voxel: Annotated[
         float | None,
         typer.Option(min=0.001, help="Of a map: each cube of this side keeps one point, metres; 0.1 by default."),
@@ -305,11 +312,13 @@ def clean(
         raise InputError("what moves is said by PREDICTIONS or, with --truth, by the labels: give one of them")
     if truth and threshold is not None:
         raise InputError("--threshold is of predictions; --truth has none")
-    found = find_sequences(source, listed(sequences, "--sequences"))
-    if predictions is not None:
-        found = predicted_sources(found, predictions, sequences is not None, scores=threshold is not None)
+    names = listed(sequences, "--sequences")
+    if truth:
+        found = open_sources(source, names)
+    else:
+        found = predicted_sources(source, names, predictions, topic, scores=threshold is not None)
     for one in found if truth else ():
-        if not isinstance(one, Sequence) or not one.has_labels:
+        if not one.has_labels:
             raise InputError(f"--truth: sequence {one.name} has no labels; name others with --sequences, or predict it")
     if map is not None:
         return _map(found, source, predictions, map, voxel or VOXEL, max_range, threshold)

@@ -24,15 +24,15 @@ from rich.progress import Progress
 from kdmos import picture
 from kdmos.checkpoint import write_atomic
 from kdmos.command import listed, run
-from kdmos.data.predictions import MOVING, UNLABELED, predicted_moving, predicted_sources, true_classes
-from kdmos.data.semantic_kitti import Sequence, find_sequences
 from kdmos.data.source import ScanSource
+from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
 from kdmos.inference import Model, choose_device, prepared
 from kdmos.models import load_model
 from kdmos.motion import sequence_channels
 from kdmos.picture import DriveMap, Panel, error_marks, moving_marks, need_matplotlib, panels_picture, residual_marks
 from kdmos.predict import predict_sequence
+from kdmos.predictions import MOVING, UNLABELED, predicted_moving, predicted_sources, true_classes
 from kdmos.settings import MotionSettings
 
 if TYPE_CHECKING:
@@ -384,7 +384,12 @@ class Film:
 
 
 def view(
-    source: Annotated[Path, typer.Argument(help="SemanticKITTI data root, or one sequence folder with velodyne/.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of .bin, .npy, .pcd or .ply scans; ROS bag or MCAP file; SemanticKITTI data root or sequence."
+        ),
+    ],
     predictions: Annotated[
         Path | None, typer.Argument(help="What kdmos predict wrote: sequences/NN/predictions/NNNNNN.label below it.")
     ] = None,
@@ -392,6 +397,7 @@ def view(
         str | None, typer.Option(help="Predict on the way instead: a model, as for kdmos predict.")
     ] = None,
     sequences: Annotated[str | None, typer.Option(help="Names, e.g. 08,09; all by default.")] = None,
+    topic: Annotated[str | None, typer.Option(help="Of a bag: its PointCloud2 topic, if it has several.")] = None,
     frames: Annotated[
         str | None, typer.Option(help="A:B, from frame number A to before B; A: and :B are open; A is one frame.")
     ] = None,
@@ -432,15 +438,17 @@ def view(
     if pictures or film or map:
         need_matplotlib("view")
 
-    found = find_sequences(source, listed(sequences, "--sequences"))
-    if predictions is not None:
-        found = predicted_sources(found, predictions, named=sequences is not None)
+    names = listed(sequences, "--sequences")
+    if predictions is None:
+        found = open_sources(source, names, topic)
+    else:
+        found = predicted_sources(source, names, predictions, topic)
     if (save or map) and len(found) > 1:
         there = ", ".join(one.name for one in found)
         raise InputError(f"--save and --map are of one sequence; name it with --sequences, one of {there}")
     drives = _drives(found, frames)
     known = {"predictions"} if predictions is not None or checkpoint is not None else set()
-    if all(isinstance(drive.source, Sequence) and drive.source.has_labels for drive in drives):
+    if all(drive.source.has_labels for drive in drives):
         known.add("labels")
     if all(drive.poses is not None for drive in drives):
         known.add("poses")

@@ -9,10 +9,11 @@ import pytest
 
 from kdmos import clean
 from kdmos.clean import VoxelMap, clean_map, clean_scans, map_file
-from kdmos.data.predictions import predicted_moving, predicted_sources
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
+from kdmos.odometry import write_poses
+from kdmos.predictions import predicted_moving, predicted_sources
 
 FRAMES = 4
 POINTS = 50
@@ -402,13 +403,35 @@ def test_scores_that_are_missing_or_of_another_length(data, predictions, output,
         file.unlink()
     assert run(data, predictions, "--output", output, "--threshold", 0.5) == 2
     assert "no .score file" in (error := capsys.readouterr().err) and "kdmos predict --scores writes them" in error
-    assert predicted_sources([source], predictions) == [source]
+    assert [found.name for found in predicted_sources(data, None, predictions)] == [source.name]
 
 
 def test_a_map_needs_poses(data, predictions, tmp_path, capsys):
     (data / "poses.txt").unlink()
     assert run(data, predictions, "--map", tmp_path / "a.npy") == 2
     assert "poses.txt" in capsys.readouterr().err
+
+
+def test_any_input_with_the_poses_that_odometry_gave_it(tmp_path, capsys):
+    """A folder of .npy scans, as kdmos predict leaves its predictions and poses."""
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    for frame in range(3):
+        points = np.array([[5.05, 0.05, 0.05, 0.5], [9.05, 0.05, 0.05, 0.5]], np.float32)
+        np.save(scans / f"{frame}.npy", points - [frame, 0, 0, 0])  # the sensor drives 1 m a scan
+        path = out / "sequences" / "scans" / "predictions" / f"{frame:06d}.label"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.array([9, 251], np.uint32).tofile(path)
+    assert run(scans, out, "--map", tmp_path / "map.npy") == 2  # nobody knows the poses
+    assert "poses" in capsys.readouterr().err
+    (out / "predict.json").write_text(json.dumps({"source": str(scans), "poses": "odometry"}))
+    poses = [np.eye(4) + frame * (np.eye(4, k=3) * [0, 0, 0, 1]) for frame in range(3)]
+    write_poses(out / "sequences" / "scans" / "poses.txt", np.stack(poses))
+    assert run(scans, out, "--map", tmp_path / "map.npy") == 0
+    assert np.allclose(np.load(tmp_path / "map.npy"), [[5.05, 0.05, 0.05, 0.5]])
+    assert run(scans, out, "--output", tmp_path / "clean") == 0
+    (cleaned,) = find_sequences(tmp_path / "clean")
+    assert np.allclose(cleaned.poses(), poses) and len(cleaned.read_points(2)) == 1
 
 
 @pytest.mark.parametrize(("module", "suffix"), [("plyfile", ".ply"), ("pypcd4", ".pcd")])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from kdmos import picture, predict, view
-from kdmos.data.predictions import MOVING, UNLABELED
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.errors import InputError
 from kdmos.motion import motion_channels
+from kdmos.predictions import MOVING, UNLABELED
 from kdmos.settings import MotionSettings
 
 image = pytest.importorskip("PIL.Image")

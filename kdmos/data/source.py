@@ -18,12 +18,14 @@ class ScanSource:
     frames: Frame numbers, ascending; gaps may occur.
     width: Digits of a file name, zero-padded.
     has_poses: Whether `poses` can be read.
+    has_labels: Whether there is any label; then it also has `labels_path(frame)` and `read_labels(frame, num_points)`.
     """
 
     name: str
     frames: tuple[int, ...]
     width: int = 6
     has_poses: bool = False
+    has_labels: bool = False
 
     def read_points(self, frame: int) -> np.ndarray:
         """Points of a frame, float32 [n, 4] = x, y, z (metres, LiDAR frame), remission; n >= 1.
@@ -74,6 +76,9 @@ class WithPoses(ScanSource):
     def __init__(self, source: ScanSource, poses: np.ndarray) -> None:
         self.source, self.name, self.frames, self.width = source, source.name, source.frames, source.width
         self._poses = poses
+        self.has_labels = source.has_labels
+        if self.has_labels:
+            self.labels_path, self.read_labels = source.labels_path, source.read_labels
 
     def poses(self) -> np.ndarray:
         return self._poses

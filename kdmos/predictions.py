@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listed
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from kdmos.data.labels import CLASSES, to_classes
-from kdmos.data.semantic_kitti import Sequence, read_labels
-from kdmos.data.source import ScanSource
+from kdmos.data.profile import profile_of
+from kdmos.data.semantic_kitti import read_labels, read_manifest
+from kdmos.data.source import ScanSource, WithPoses
+from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
+from kdmos.odometry import saved_poses
 
 NAMES = CLASSES[4]
 UNLABELED, MOVING = NAMES.index("unlabeled"), NAMES.index("moving")
 
 
 def predicted_sources(
-    sources: Listed[ScanSource], predictions: str | Path, named: bool = False, scores: bool = False
+    path: str | Path,
+    names: Iterable[str] | None,
+    predictions: str | Path,
+    topic: str | None = None,
+    scores: bool = False,
 ) -> list[ScanSource]:
-    """Those of the sources that a folder has predictions of.
+    """The sequences at a path that a folder has predictions of, with the poses that these were made with.
 
     Args:
-        sources: At least one.
+        path, names, topic: Of the scans, see `open_sources`; sequences that are named must have predictions.
         predictions: Folder that holds sequences/<name>/predictions/, as kdmos predict writes it.
-        named: They were asked for by name: each must have predictions.
         scores: Predictions are the .score files, not the .label files.
     Raises: InputError if there is no such folder, or it has predictions of none.
     """
     if not Path(predictions).is_dir():
         raise InputError(f"{predictions}: no such folder; kdmos predict writes it")
+    sources = open_sources(path, names, topic, profile_of(read_manifest(predictions)).remission_scale)
     suffix, option = (".score", " --scores") if scores else (".label", "")
     folders = {source.name: source.prediction_path(predictions, 0).parent for source in sources}
     without = [name for name, folder in folders.items() if not any(folder.glob(f"*{suffix}"))]
-    if len(without) == len(sources) or (named and without):
+    if len(without) == len(sources) or (names is not None and without):
         raise InputError(
             f"{folders[without[0]]}: no {suffix} file, so no prediction of sequence {without[0]}; "
             f"kdmos predict{option} writes them"
         )
-    return [source for source in sources if source.name not in without]
+    found = [source for source in sources if source.name not in without]
+    saved = [saved_poses(predictions, path, source) for source in found]
+    return [source if poses is None else WithPoses(source, poses) for source, poses in zip(found, saved)]
 
 
 def true_classes(source: ScanSource, frame: int, num_points: int) -> np.ndarray | None:
@@ -46,7 +55,7 @@ def true_classes(source: ScanSource, frame: int, num_points: int) -> np.ndarray 
 
     Raises: InputError if they cannot be used.
     """
-    if not isinstance(source, Sequence) or not source.labels_path(frame).exists():
+    if not source.has_labels or not source.labels_path(frame).exists():
         return None
     return to_classes(source.read_labels(frame, num_points), NAMES, source.labels_path(frame))
 
