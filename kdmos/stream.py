@@ -17,11 +17,11 @@ from torch import Tensor
 
 from kdmos.data.labels import to_raw
 from kdmos.data.poses import rigid_fault
-from kdmos.data.profile import SensorProfile, load_profile
+from kdmos.data.profile import SensorProfile, differences, load_profile
 from kdmos.data.semantic_kitti import MAX_ODD_SHARE, MAX_REMISSION
 from kdmos.errors import InputError
 from kdmos.inference import Answer, Model, choose_device, prepared, scans_to
-from kdmos.models import load_model
+from kdmos.models import Rule, load_model
 from kdmos.motion import pose_jump
 from kdmos.smoothing import BayesFilter
 
@@ -136,6 +136,7 @@ class MosStream:
         self._elapsed = 0.0  # ... and how many scans ago, by the stamps, that was
         self._has_poses: bool | None = None  # whether scans come with poses; None before the first one
         self._odometry = None
+        self._compared = isinstance(self.model, Rule)  # which was trained on nothing
         if self.smoothing:
             self.smoothing.reset()
 
@@ -172,6 +173,8 @@ class MosStream:
                 new.notes.append(f"{jump}; what came before is not compared with it")
                 self._complete(self._scans.flush())
             self._pose, self._elapsed = new.pose, 0.0
+        if not self._compared and len(new.points):
+            self._compare(new)
         self._waiting.append(new)
         with self._stage("residual", new):
             answer = self._scans.push(new.points, np.eye(4) if self._pose is None else self._of_points(self._pose))
@@ -227,6 +230,14 @@ class MosStream:
         if self.profile is None:
             notes.append(f"{shape[0] - num_kept} of its {shape[0]} points are not finite and are labelled 9")
         return scan[kept], kept.cpu().numpy()
+
+    def _compare(self, first: _Waiting) -> None:
+        """Note what of the first scan lies far outside what the model was trained on."""
+        narrowed = self.profile is not None and self.profile.field_of_view is not None
+        found = differences(first.points.cpu().numpy(), self.model.header.get("sensor"), narrowed)
+        if found:
+            first.notes.append(f"other than what the model was trained on: {'; '.join(found)}")
+        self._compared = True
 
     def _is_late(self, new: _Waiting) -> bool:
         """Whether the scan is not later than the one before it. Otherwise its stamp counts, and a gap is noted."""

@@ -128,7 +128,9 @@ def now(motion=None) -> MosStream:
 def drawn(n: int = 500, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng(seed)
     low, high = np.array([-30, -30, -1.7, 0]), np.array([30, 30, 1, 1])
-    return (low + (high - low) * random.random((n, 4))).astype(np.float32)
+    points = low + (high - low) * random.random((n, 4))
+    points[: 3 * n // 4, 2] = -1.73  # a road
+    return points.astype(np.float32)
 
 
 UNUSABLE = {
@@ -339,6 +341,15 @@ def test_a_sensor_profile(sequence, tmp_path, one_thread):
     behind = given[given[:, 0] < -1]
     assert profiled.push(behind, pose).notes == (f"none of its {len(behind)} points can be used: it is left out",)
     assert "expected remission" in MosStream(model, sensor=SensorProfile(height=2.0)).push(given, pose).notes[0]
+
+
+def test_a_first_scan_unlike_the_training_is_noted(one_thread):
+    points = drawn(5000) * [1, 1, 1, 0.01]
+    points[:, 2] += 1.2  # a sensor at knee height, without remission to speak of
+    stream = now()
+    first, second = (stream.push(points, np.eye(4)) for _ in range(2))
+    assert not second.notes and len(first.notes) == 1
+    assert "the ground seems to lie at z = -0.5" in first.notes[0] and "the remission hardly exceeds" in first.notes[0]
 
 
 def test_timed(one_thread):
