@@ -70,7 +70,7 @@ def main() -> None:
     first, last = arguments.frames or (0, 10**9)
     scores = moving_scores(model, find_sequences(arguments.data), device, first, last)
     row = {
-        "data": arguments.data.resolve().name,
+        "data": arguments.data.absolute().name,
         "frames": f"{first}-{last}" if arguments.frames else "all",
         "scans": scores.pop("scans"),
         "checkpoint": Path(arguments.checkpoint).name,
