@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
       "selective_scan_backward(Tensor gradient, Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor skip, "
       "Tensor? gate, Tensor delta_bias, Tensor offsets, Tensor states) -> (Tensor u, Tensor delta, Tensor a, Tensor b, "
       "Tensor c, Tensor skip, Tensor gate, Tensor delta_bias)");
+  m.def(
+      "masked_conv(Tensor[] parts, Tensor weight, Tensor bias, float slope, Tensor distance, int near, bool fill) -> "
+      "Tensor");
   m.def("wrap_around(Tensor[] parts, int halo) -> Tensor");
   m.def("wrap_around_backward(Tensor gradient, int[] shapes, int halo) -> Tensor[]");
   m.def(

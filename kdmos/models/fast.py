@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from kdmos import ops
 from kdmos.models.blocks import CoAttention, ConvBlock, DySample, attend
 from kdmos.models.student import DecoderLevel, Encoder, Student, StudentOutput
 from kdmos.ops.polar_scatter import chunks, sorted_max
+
+REACH = 2  # cells: what a level's two 3x3 convolutions see beyond their input
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,7 +74,10 @@ class FoldedConv(nn.Module):
 
 
 class FoldedBlock(nn.Module):
-    """A conv block. The circle is closed once for all its convolutions: each takes one sector off either end."""
+    """A conv block. For torch the circle is closed once for all its convolutions: each takes one sector off either end.
+
+    `ops.masked_conv` closes it by itself, and takes the parts as they are.
+    """
 
     wrap_around = staticmethod(ops.wrap_around)  # an attribute, because `ExportableStudent` has its own
 
@@ -81,11 +87,29 @@ class FoldedBlock(nn.Module):
             *(FoldedConv(layer.conv, layer.norm, layer.activation.negative_slope, dtype) for layer in block)
         )
 
-    def forward(self, *parts: Tensor) -> Tensor:
+    def forward(self, *parts: Tensor, distance: Tensor | None = None, reach: int = 0) -> Tensor:
+        """Parts that count as one, convolved everywhere.
+
+        With a `distance` (see `ops.cell_distance`) they must be background where it is more than `reach`: this needs
+        less work on a CPU, where each convolution carries them one cell on.
+        """
+        if ops.can_mask(parts, len(self.convs[0].weight)):
+            return self._near(parts, distance, range(reach + 1, reach + 1 + len(self.convs)), True)
         if parts[0].shape[3] >= len(self.convs):
             return self.convs(self.wrap_around(parts, len(self.convs)))
         for conv in self.convs:  # the circle is shorter than what they need of it
             parts = (conv(self.wrap_around(parts)),)
+        return parts[0]
+
+    def at_cells(self, *parts: Tensor, distance: Tensor | None) -> Tensor:
+        """As `forward`; with a `distance` what is not 0 away may be left unset."""
+        if distance is None or not ops.can_mask(parts, len(self.convs[0].weight)):
+            return self(*parts)
+        return self._near(parts, distance, reversed(range(len(self.convs))), False)
+
+    def _near(self, parts: Sequence[Tensor], distance: Tensor | None, near: Iterable[int], fill: bool) -> Tensor:
+        for conv, farthest in zip(self.convs, near):
+            parts = (ops.masked_conv(parts, conv.weight, conv.bias, distance, farthest, fill, conv.slope),)
         return parts[0]
 
 
@@ -100,8 +124,10 @@ class FoldedAttention(nn.Module):
         self.gate = FoldedConv(attention.gate, None, None, dtype)
         self.spatial, self.channel = (copy.deepcopy(part).to(dtype) for part in (attention.spatial, attention.channel))
 
-    def forward(self, appearance: Tensor, motion: Tensor) -> Tensor:
-        gates = self.gate(self.wrap_around([self.fuse(appearance, motion)])).float().sigmoid().mean((2, 3))  # [B, 2]
+    def forward(self, appearance: Tensor, motion: Tensor, distance: Tensor | None = None) -> Tensor:
+        """`distance` as for `FoldedEncoder.level`: of the appearance, which reaches wherever the motion does."""
+        fused = self.fuse(appearance, motion, distance=distance, reach=REACH)
+        gates = self.gate(self.wrap_around([fused])).float().sigmoid().mean((2, 3))  # [B, 2]
         return attend(appearance, motion, gates, self.spatial, self.channel)
 
 
@@ -125,8 +151,22 @@ class FoldedEncoder(nn.Module):
         dense = values.new_empty(background.shape).copy_(background).index_copy_(0, cells, values)[:places]
         return dense.view(num_scans, rings, sectors, -1).permute(0, 3, 1, 2)
 
-    def level(self, index: int, x: Tensor) -> Tensor:
-        return self.blocks[index](F.max_pool2d(x, 2) if index else x)
+    def distances(self, occupied: Tensor, cells: Tensor, num_scans: int, bins: tuple[int, int, int]) -> list[Tensor]:
+        """Of each level: how far what is not background lies, if those `cells` are it that are `occupied`, bool [M]."""
+        rings, sectors, _ = bins
+        places = num_scans * rings * sectors
+        near = cells.new_zeros(places + 1, dtype=torch.bool).index_copy_(0, cells, occupied)  # the last as in `image`
+        near, out = near[:places].view(num_scans, rings, sectors), []
+        for _ in self.blocks:
+            out.append(ops.cell_distance(near, REACH + 2))  # what the attention convolves is at most REACH + 1 away
+            near = out[-1] <= REACH
+            near = near[:, : near.shape[1] // 2 * 2, : near.shape[2] // 2 * 2]  # pooling leaves out an odd last one
+            near = near[:, ::2, ::2] | near[:, ::2, 1::2] | near[:, 1::2, ::2] | near[:, 1::2, 1::2]
+        return out
+
+    def level(self, index: int, x: Tensor, distance: Tensor | None = None) -> Tensor:
+        """`distance` is that of `distances`; without it nothing is known to be background."""
+        return self.blocks[index](F.max_pool2d(x, 2) if index else x, distance=distance)
 
 
 class FoldedDecoderLevel(nn.Module):
@@ -150,8 +190,9 @@ class FoldedDecoderLevel(nn.Module):
         offset = F.conv2d(x, self.weight).float() + self.bias[:, None, None]
         return self.dysample(x, offset, self.up.scale, self.up.groups, self.up.circular)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.block(skip, self.upsample(x))
+    def forward(self, x: Tensor, skip: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Everywhere; with a `distance` what is not 0 away may be left unset."""
+        return self.block.at_cells(skip, self.upsample(x), distance=distance)
 
 
 class FastStudent(nn.Module):
@@ -221,18 +262,28 @@ class FastStudent(nn.Module):
             out.append(self.compressed(sorted_max(x, start[first : last + 1] - begin)))
         return torch.cat(out)
 
-    def unet(self, appearance: Tensor, motion: Tensor) -> Tensor:
-        """[B, 32, R, A] and [B, K, R, A] -> [B, 32, R, A]."""
+    def unet(
+        self,
+        appearance: Tensor,
+        motion: Tensor,
+        distances: Sequence[Tensor | None] = (None,) * 5,
+        motion_distances: Sequence[Tensor | None] = (None,) * 4,
+    ) -> Tensor:
+        """[B, 32, R, A] and [B, K, R, A] -> [B, 32, R, A]; where distances are given, it is right at cells with points.
+
+        distances, motion_distances: Of each level of either branch, see `FoldedEncoder.distances`.
+        """
         skips = []
         for level, attention in enumerate(self.attention):
-            appearance = self.appearance.level(level, appearance)
-            motion = self.motion.level(level, motion)
-            appearance = attention(appearance, motion)
+            appearance = self.appearance.level(level, appearance, distances[level])
+            motion = self.motion.level(level, motion, motion_distances[level])
+            appearance = attention(appearance, motion, distances[level])
             skips.append(appearance)
-        x = self.appearance.level(len(skips), appearance)
-        for level in self.decoder:
+        x = self.appearance.level(len(skips), appearance, distances[-1])
+        *decoder, last = self.decoder
+        for level in decoder:
             x = level(x, skips.pop())
-        return x
+        return last(x, skips.pop(), distances[0])  # the head reads nothing but cells with points
 
     @torch.inference_mode()
     def forward(self, points: Tensor, offsets: Tensor, residual: Tensor, fixed_size: bool = False) -> StudentOutput:
@@ -244,8 +295,14 @@ class FastStudent(nn.Module):
         values = self.cell_features(gridded.features.index_select(0, order.order), order.start)
         appearance = self.appearance.image(values, cells, num_scans, bins)
         motion, _ = ops.polar_scatter(residual, gridded.cell_rank, len(cells), order)
+        # Cells without points are background, for motion those without residuals too. Most layers keep away from it.
+        distances, motion_distances = [None] * len(self.appearance.blocks), [None] * len(self.motion.blocks)
+        if ops.can_mask([appearance]):
+            occupied = torch.ones_like(cells, dtype=torch.bool)
+            distances = self.appearance.distances(occupied, cells, num_scans, bins)
+            motion_distances = self.motion.distances((motion != 0).any(1), cells, num_scans, bins)
         motion = self.motion.image(motion, cells, num_scans, bins)
-        x = self.unet(appearance, motion)
+        x = self.unet(appearance, motion, distances, motion_distances)
         return StudentOutput(ops.voxel_head(x, gridded.voxels, self.head_weight, self.head_bias, grid), gridded)
 
 

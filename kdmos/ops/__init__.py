@@ -2,6 +2,7 @@
 
 from kdmos.ops.dysample import dysample
 from kdmos.ops.height_residual import height_residual, height_residual_sequence
+from kdmos.ops.masked_conv import can_mask, cell_distance, masked_conv
 from kdmos.ops.native import backend
 from kdmos.ops.norm_activation import norm_activation, norm_activation_again, norm_activation_backward
 from kdmos.ops.polar_grid import GriddedPoints, PointOrder, polar_grid
@@ -20,6 +21,8 @@ __all__ = [
     "Neighbours",
     "PointOrder",
     "backend",
+    "can_mask",
+    "cell_distance",
     "cells_to_bev",
     "curve_code",
     "dysample",
@@ -27,6 +30,7 @@ __all__ = [
     "height_residual",
     "height_residual_sequence",
     "linear_max",
+    "masked_conv",
     "norm_activation",
     "norm_activation_again",
     "norm_activation_backward",

@@ -74,6 +74,11 @@ def serves(tensor: Tensor) -> bool:
     return _chosen == "native" and tensor.device.type in DEVICES
 
 
+def instructions() -> str:
+    """Instruction set that the CPU ops are built for, as `kdmos doctor` names it; empty where they are not built."""
+    return importlib.import_module("kdmos._C").build_info()["instructions"] if BUILT else ""
+
+
 def fake(op: str):
     """Decorator: the shapes that a native op returns, for `torch.compile`. Nothing where there are no native ops."""
     return torch.library.register_fake(f"kdmos::{op}") if BUILT else lambda function: function

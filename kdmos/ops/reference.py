@@ -225,6 +225,18 @@ def wrap_around(parts: Sequence[Tensor], halo: int) -> Tensor:
     return WrapAround.apply(halo, *parts)
 
 
+def masked_conv(
+    parts: Sequence[Tensor], weight: Tensor, bias: Tensor, distance: Tensor, near: int, slope: float
+) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    image, weight, bias = wrap_around(parts, 1), weight.to(wide), bias.to(wide)
+    out = F.leaky_relu(F.conv2d(image.to(wide), weight, bias, padding=(1, 0)), slope).to(image.dtype)
+    beyond = distance > near
+    first = beyond.to(torch.uint8).argmax(2)  # of each ring [B, R]
+    background = out.gather(3, first[:, None, :, None].expand(-1, out.shape[1], -1, 1))  # [B, O, R, 1]
+    return torch.where(beyond[:, None], background, out)
+
+
 def by_channel(x: Tensor, *values: Tensor) -> list[Tensor]:
     """Values [C] against x [P, C] or [B, C, R, A]."""
     return [value.view(1, -1, *[1] * (x.ndim - 2)) for value in values]

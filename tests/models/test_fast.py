@@ -65,6 +65,40 @@ def test_bfloat16_stays_close():
     assert (out - expected).abs().mean() < 0.02 * expected.std()
 
 
+def everywhere(monkeypatch):
+    """No cell is said to be background."""
+    monkeypatch.setattr("kdmos.ops.cell_distance", lambda occupied, most: occupied.to(torch.uint8).zero_())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["kdmos", "motionbev"])
+@pytest.mark.parametrize("bins", [(41, 50, 8), (24, 16, 4), (120, 90, 4)])
+def test_keeping_away_from_background_changes_nothing(precision, name, bins, monkeypatch):
+    """To the last bit, of a batch with few points in one scan and none in another."""
+    fast, batch = FastStudent(trained(name, bins), precision), scans((900, 0, 3))
+    batch[2][::2] = 0  # half of the points have no residual
+    found = fast(*batch).point_logits
+    everywhere(monkeypatch)
+    assert torch.equal(found, fast(*batch).point_logits)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_real_scan_without_its_background(precision, realdata, monkeypatch):
+    (sequence,) = find_sequences(realdata("kitti-raw-0005-a"))
+    clouds = [torch.from_numpy(sequence.read_points(frame)) for frame in sequence.frames[:9]]
+    residual = motion_channels(clouds, sequence.poses()[:9], 8)[7]
+    batch = clouds[7], torch.tensor([0, len(clouds[7])]), residual
+    fast = FastStudent(load_student("synthetic"), precision)
+    labels = [fast(*batch).point_logits.argmax(1)]
+    everywhere(monkeypatch)
+    labels.append(fast(*batch).point_logits.argmax(1))
+    assert torch.equal(*labels)
+    monkeypatch.setattr("kdmos.ops.can_mask", lambda parts, outputs=16: False)
+    labels.append(fast(*batch).point_logits.argmax(1))
+    # torch's convolution adds in another order: a point between two classes may change sides
+    assert (labels[0] != labels[2]).sum() < 1e-3 * len(labels[0])
+
+
 def test_copies_the_weights():
     student, batch = trained(), scans()
     fast = FastStudent(student)

@@ -69,6 +69,15 @@ def samples():
         "voxel_head_backward": (random(4, 3), image(1, 6, 16, 20), voxels, random(24, 6), 8),
         "wdcd_loss": (random(50, 4, grad=True), random(50, 4, seed=1), labels, random(3, 4), None, 4.0, 1, 0.0, True),
         "add_rows": (random(7, 5), cell[:20], random(20, 5)),
+        "masked_conv": (
+            [image(2, 4, 4, 5).float(), image(2, 2, 4, 5, seed=1).float()],
+            random(16, 6, 3, 3, dtype=torch.float32),
+            random(16, dtype=torch.float32),
+            0.01,
+            torch.ones(2, 4, 5, dtype=torch.uint8).tril(),
+            0,
+            True,
+        ),
         "wrap_around": ([image(2, 3, 4, 5, grad=True), image(2, 2, 4, 5, seed=1, grad=True)], 1),
         "wrap_around_backward": (image(2, 5, 4, 7), [3, 4, 5, 2, 4, 5], 1),
         "norm_activation": (rows, random(5, seed=1, grad=True), random(5, seed=2, grad=True), 1e-5, 0.01),
@@ -80,6 +89,8 @@ def samples():
 @needs_native
 @pytest.mark.parametrize("op", sorted(samples()[0]))
 def test_opcheck(op, backend):
+    if op == "masked_conv" and not torch._C._dispatch_has_kernel_for_dispatch_key("kdmos::masked_conv", "CPU"):
+        pytest.skip("this build has no vector instructions for it")
     if backend == "native":
         torch.library.opcheck(getattr(torch.ops.kdmos, op).default, samples()[0][op])
 
