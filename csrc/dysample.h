@@ -10,7 +10,7 @@ template <class F>
 struct Between {
   int first, second;
   F share;
-  bool free;  // false where the border holds the place: no gradient
+  int free;  // 0 where the border holds the place: no gradient; no bool, which keeps gcc from making vectors
 };
 
 template <class F>

@@ -42,6 +42,10 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def(
       "masked_conv(Tensor[] parts, Tensor weight, Tensor bias, float slope, Tensor distance, int near, bool fill) -> "
       "Tensor");
+  m.def(
+      "co_attention(Tensor appearance, Tensor motion, Tensor fused, Tensor gate, Tensor gate_bias, Tensor spatial, "
+      "Tensor spatial_bias, Tensor channel, Tensor channel_bias) -> "
+      "(Tensor attended, Tensor appearance, Tensor motion)");
   m.def("wrap_around(Tensor[] parts, int halo) -> Tensor");
   m.def("wrap_around_backward(Tensor gradient, int[] shapes, int halo) -> Tensor[]");
   m.def(

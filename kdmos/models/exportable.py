@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kdmos import ops
 from kdmos.models.fast import FastStudent
 from kdmos.models.student import Student
+from kdmos.ops import reference
 from kdmos.settings import PolarGrid
 
 
@@ -53,6 +54,11 @@ def dysample(x: Tensor, offset: Tensor, scale: int = 2, groups: int = 4, circula
     return out.permute(0, 3, 1, 2).reshape(1, channels, *size[1:])
 
 
+def co_attention(appearance: Tensor, motion: Tensor, fused: Tensor, *layers: tuple[Tensor, Tensor]):
+    """`ops.co_attention` in plain torch."""
+    return reference.co_attention(appearance, motion, fused, *(part for layer in layers for part in layer))
+
+
 class ExportableStudent(FastStudent):
     """A `FastStudent` in float32 behind the gridding, for one scan: the same layers, in operations that ONNX has.
 
@@ -63,7 +69,7 @@ class ExportableStudent(FastStudent):
     def __init__(self, student: Student) -> None:
         super().__init__(student)
         for module in self.modules():
-            module.wrap_around, module.dysample = wrap_around, dysample
+            module.wrap_around, module.dysample, module.co_attention = wrap_around, dysample, co_attention
 
     def forward(self, features: Tensor, residual: Tensor, cell_rank: Tensor, cells: Tensor, height: Tensor) -> Tensor:
         """Logits of each point.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdmos import ops
-from kdmos.models.blocks import CoAttention, ConvBlock, DySample, attend
+from kdmos.models.blocks import CoAttention, ConvBlock, DySample
 from kdmos.models.student import DecoderLevel, Encoder, Student, StudentOutput
 from kdmos.ops.polar_scatter import chunks, sorted_max
 
@@ -51,26 +51,25 @@ def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, 
 
 
 class FoldedConv(nn.Module):
-    """3x3 convolution without padding in phi, its norm folded in, and LeakyReLU if `slope` is given."""
+    """3x3 convolution without padding in phi, its norm folded in, and LeakyReLU."""
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, slope: float | None, dtype: torch.dtype) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, slope: float, dtype: torch.dtype) -> None:
         super().__init__()
-        weight, bias = (conv.weight, conv.bias) if norm is None else fold(conv.weight, conv.bias, norm)
+        weight, bias = fold(conv.weight, conv.bias, norm)
         self.slope = slope
         self.fused = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self.weight = weight.detach().to(dtype, memory_format=torch.channels_last)
         self.bias = bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and self.slope is not None and not torch.compiler.is_compiling():
+        if self.fused and not torch.compiler.is_compiling():
             # oneDNN applies the activation before the result leaves the registers; but a compiler joins them itself,
             # and what is exported must run elsewhere too
             sizes = ((1, 0), (1, 1), (1, 1), 1)
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self.weight, self.bias, *sizes, "leaky_relu", [self.slope], ""
             )
-        x = F.conv2d(x, self.weight, self.bias, padding=(1, 0))
-        return x if self.slope is None else F.leaky_relu_(x, self.slope)
+        return F.leaky_relu_(F.conv2d(x, self.weight, self.bias, padding=(1, 0)), self.slope)
 
 
 class FoldedBlock(nn.Module):
@@ -114,21 +113,27 @@ class FoldedBlock(nn.Module):
 
 
 class FoldedAttention(nn.Module):
-    """`CoAttention` with its norm folded in."""
+    """`CoAttention` with its norm folded in, and the pooling that follows.
 
-    wrap_around = staticmethod(ops.wrap_around)
+    [B, ca, H, W] and [B, cm, H, W] -> the attended appearance, and what the next level takes of either branch.
+    """
+
+    co_attention = staticmethod(ops.co_attention)
 
     def __init__(self, attention: CoAttention, dtype: torch.dtype) -> None:
         super().__init__()
         self.fuse = FoldedBlock(attention.fuse, dtype)
-        self.gate = FoldedConv(attention.gate, None, None, dtype)
-        self.spatial, self.channel = (copy.deepcopy(part).to(dtype) for part in (attention.spatial, attention.channel))
+        self.layers = [
+            (layer.weight.detach(), layer.bias.detach())
+            for layer in (attention.gate, attention.spatial, attention.channel)
+        ]
 
-    def forward(self, appearance: Tensor, motion: Tensor, distance: Tensor | None = None) -> Tensor:
-        """`distance` as for `FoldedEncoder.level`: of the appearance, which reaches wherever the motion does."""
+    def forward(
+        self, appearance: Tensor, motion: Tensor, distance: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`distance` is that of the appearance's level, which reaches wherever the motion does."""
         fused = self.fuse(appearance, motion, distance=distance, reach=REACH)
-        gates = self.gate(self.wrap_around([fused])).float().sigmoid().mean((2, 3))  # [B, 2]
-        return attend(appearance, motion, gates, self.spatial, self.channel)
+        return self.co_attention(appearance, motion, fused, *self.layers)
 
 
 class FoldedEncoder(nn.Module):
@@ -163,10 +168,6 @@ class FoldedEncoder(nn.Module):
             near = near[:, : near.shape[1] // 2 * 2, : near.shape[2] // 2 * 2]  # pooling leaves out an odd last one
             near = near[:, ::2, ::2] | near[:, ::2, 1::2] | near[:, 1::2, ::2] | near[:, 1::2, 1::2]
         return out
-
-    def level(self, index: int, x: Tensor, distance: Tensor | None = None) -> Tensor:
-        """`distance` is that of `distances`; without it nothing is known to be background."""
-        return self.blocks[index](F.max_pool2d(x, 2) if index else x, distance=distance)
 
 
 class FoldedDecoderLevel(nn.Module):
@@ -275,11 +276,11 @@ class FastStudent(nn.Module):
         """
         skips = []
         for level, attention in enumerate(self.attention):
-            appearance = self.appearance.level(level, appearance, distances[level])
-            motion = self.motion.level(level, motion, motion_distances[level])
-            appearance = attention(appearance, motion, distances[level])
-            skips.append(appearance)
-        x = self.appearance.level(len(skips), appearance, distances[-1])
+            appearance = self.appearance.blocks[level](appearance, distance=distances[level])
+            motion = self.motion.blocks[level](motion, distance=motion_distances[level])
+            attended, appearance, motion = attention(appearance, motion, distances[level])
+            skips.append(attended)
+        x = self.appearance.blocks[-1](appearance, distance=distances[-1])
         *decoder, last = self.decoder
         for level in decoder:
             x = level(x, skips.pop())

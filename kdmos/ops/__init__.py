@@ -1,5 +1,6 @@
 """The operations of the hot path, one file each; `reference` is their specification in plain torch."""
 
+from kdmos.ops.co_attention import co_attention
 from kdmos.ops.dysample import dysample
 from kdmos.ops.height_residual import height_residual, height_residual_sequence
 from kdmos.ops.masked_conv import can_mask, cell_distance, masked_conv
@@ -24,6 +25,7 @@ __all__ = [
     "can_mask",
     "cell_distance",
     "cells_to_bev",
+    "co_attention",
     "curve_code",
     "dysample",
     "find_neighbours",

@@ -237,6 +237,32 @@ def masked_conv(
     return torch.where(beyond[:, None], background, out)
 
 
+def co_attention(
+    appearance: Tensor,
+    motion: Tensor,
+    fused: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor,
+    spatial: Tensor,
+    spatial_bias: Tensor,
+    channel: Tensor,
+    channel_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, dtype, channels = gate.dtype, appearance.dtype, appearance.shape[1]
+    gates = torch.sigmoid(
+        F.conv2d(torch.cat([fused[..., -1:], fused, fused[..., :1]], 3).to(wide), gate, gate_bias, padding=(1, 0))
+    ).mean((2, 3))  # [B, 2]
+    gated_appearance, gated_motion = (
+        image.to(wide) * gates[:, branch, None, None, None] for branch, image in enumerate((appearance, motion))
+    )
+    where = torch.sigmoid(F.conv2d(gated_motion, spatial, spatial_bias))  # [B, 1, H, W]
+    seen = where * gated_appearance
+    which = F.conv2d(seen.mean((2, 3), keepdim=True), channel, channel_bias).softmax(1) * channels  # [B, ca, 1, 1]
+    out = (seen * which + gated_appearance).to(dtype)
+    results = (out, F.max_pool2d(out, 2), F.max_pool2d(motion, 2))
+    return tuple(image.contiguous(memory_format=torch.channels_last) for image in results)
+
+
 def by_channel(x: Tensor, *values: Tensor) -> list[Tensor]:
     """Values [C] against x [P, C] or [B, C, R, A]."""
     return [value.view(1, -1, *[1] * (x.ndim - 2)) for value in values]

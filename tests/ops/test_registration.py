@@ -80,6 +80,10 @@ def samples():
         ),
         "wrap_around": ([image(2, 3, 4, 5, grad=True), image(2, 2, 4, 5, seed=1, grad=True)], 1),
         "wrap_around_backward": (image(2, 5, 4, 7), [3, 4, 5, 2, 4, 5], 1),
+        "co_attention": (
+            *(image(2, channels, 5, 6, seed=channels) for channels in (4, 3, 2)),
+            *(random(*size) for size in ((2, 2, 3, 3), (2,), (1, 3, 1, 1), (1,), (4, 4, 1, 1), (4,))),
+        ),
         "norm_activation": (rows, random(5, seed=1, grad=True), random(5, seed=2, grad=True), 1e-5, 0.01),
         "norm_activation_again": (rows.detach(), *statistics, 1e-5, 0.01),
         "norm_activation_backward": (random(50, 5, seed=3), rows.detach(), *statistics, 1e-5, 0.01),
