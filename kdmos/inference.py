@@ -39,6 +39,12 @@ class ScanLogits(NamedTuple):
 Model = Student | FastStudent | Rule | Teacher
 
 
+def decided(logits: torch.Tensor, moving: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class and moving probability of each point, int64 [n] and float32 [n], from float32 [n, C]."""
+    by_class = logits.T.contiguous()  # over rows of a few classes torch takes several times as long
+    return by_class.argmax(0), by_class.softmax(0)[moving]
+
+
 def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> FastStudent | Rule | Teacher:
     """The model as inference runs it, a student on a GPU as a CUDA graph.
 

@@ -25,7 +25,7 @@ from kdmos.data.semantic_kitti import MANIFEST, SPLIT_NAMES, read_manifest, spli
 from kdmos.data.source import ScanSource, WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
-from kdmos.inference import Model, ScanLogits, choose_device, fingerprint, prepared, sequence_logits
+from kdmos.inference import Model, ScanLogits, choose_device, decided, fingerprint, prepared, sequence_logits
 from kdmos.models import SHIPPED, Rule, load_model
 from kdmos.motion import warn_of_incomplete
 from kdmos.odometry import Odometry, odometry_poses, poses_path, saved_poses, write_poses
@@ -74,8 +74,9 @@ def predict_sequence(
 def _result(scan: ScanLogits, moving: int) -> ScanResult:
     predicted = np.full(len(scan.kept), -1, np.int64)
     probability = np.zeros(len(scan.kept), np.float32)
-    predicted[scan.kept] = scan.logits.argmax(1).cpu().numpy()
-    probability[scan.kept] = scan.logits.softmax(1)[:, moving].cpu().numpy()
+    classes, moving_probability = decided(scan.logits, moving)
+    predicted[scan.kept] = classes.cpu().numpy()
+    probability[scan.kept] = moving_probability.cpu().numpy()
     return ScanResult(predicted, probability, scan.non_finite)
 
 
