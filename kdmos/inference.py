@@ -41,8 +41,8 @@ Model = Student | FastStudent | Rule | Teacher
 
 def decided(logits: torch.Tensor, moving: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Class and moving probability of each point, int64 [n] and float32 [n], from float32 [n, C]."""
-    by_class = logits.T.contiguous()  # over rows of a few classes torch takes several times as long
-    return by_class.argmax(0), by_class.softmax(0)[moving]
+    # softmax along rows of a few classes takes torch five times as long as along columns, argmax the other way round
+    return logits.argmax(1), logits.T.contiguous().softmax(0)[moving]
 
 
 def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> FastStudent | Rule | Teacher:
