@@ -105,6 +105,7 @@ def measure(
     scans: int = 100,
     checkpoint: str = "synthetic",
     sensor: str = "hdl64",
+    paces: tuple[str, ...] = tuple(PACES),
 ) -> Iterator[dict]:
     """A row for each precision and pace."""
     from kdmos.models import load_model
@@ -112,13 +113,13 @@ def measure(
 
     clouds, poses, _, name = real_scans(folder, sensor=sensor)
     for precision in precisions:
-        for pace, run in PACES.items():
+        for pace in paces:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             stream = MosStream(load_model(checkpoint, device), precision=precision, timed=pace == "full speed")
             if precision != "float32" and stream.model.dtype == torch.float32:
                 break  # not computed here
-            found = run(stream, endless(clouds, poses), scans)
+            found = PACES[pace](stream, endless(clouds, poses), scans)
             p50, p95, p99 = np.percentile(np.array(found.seconds) * 1e3, [50, 95, 99]).round(2).tolist()
             row = {"scans": name, "points": int(np.median([len(cloud) for cloud in clouds]))}
             row |= {"count": len(found.seconds), "checkpoint": checkpoint, "form": stream.model.settings.motion.form}
@@ -150,10 +151,12 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=100)
     parser.add_argument("--checkpoint", default="synthetic")
     parser.add_argument("--sensor", default="hdl64", help="of the synthetic scans")
+    parser.add_argument("--full-speed", action="store_true", help="not at the sensor's rate too")
     parser.add_argument("--no-append", action="store_true", help="print only")
     given = parser.parse_args()
     precisions = tuple(given.precision.split(","))
-    for row in measure(given.sequence, given.device, precisions, given.scans, given.checkpoint, given.sensor):
+    paces = ("full speed",) if given.full_speed else tuple(PACES)
+    for row in measure(given.sequence, given.device, precisions, given.scans, given.checkpoint, given.sensor, paces):
         print({**row, "threads": torch.get_num_threads()}, flush=True)
         if not given.no_append:
             rows.append("stream", row, given.device)
