@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from kdmos.data.batch import ScanId
 
 
-class ScanSource:
+class ScanSource(ABC):
     """Scans in the order of their frame numbers, wherever they are from.
 
     A kind of input derives from it, sets the attributes and says how a scan is read.
@@ -27,6 +28,7 @@ class ScanSource:
     has_poses: bool = False
     has_labels: bool = False
 
+    @abstractmethod
     def read_points(self, frame: int) -> np.ndarray:
         """Points of a frame, float32 [n, 4] = x, y, z (metres, LiDAR frame), remission; n >= 1.
 
@@ -34,18 +36,17 @@ class ScanSource:
 
         Raises: InputError if they cannot be read; the next frame may be read all the same.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def poses(self) -> np.ndarray:
         """LiDAR pose of each frame in one fixed frame, float64 [len(frames), 4, 4].
 
         Raises: InputError if they are missing or wrong.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def where(self, frame: int) -> str:
         """The scan as messages name it: its file, or its place in one."""
-        raise NotImplementedError
 
     def num_points(self, frame: int) -> int | None:
         """Points of a frame, None where only reading it would tell."""
