@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kdmos.data.batch import ScanId
+from kdmos.errors import InputError
 
 
 class ScanSource(ABC):
@@ -37,12 +38,12 @@ class ScanSource(ABC):
         Raises: InputError if they cannot be read; the next frame may be read all the same.
         """
 
-    @abstractmethod
     def poses(self) -> np.ndarray:
         """LiDAR pose of each frame in one fixed frame, float64 [len(frames), 4, 4].
 
         Raises: InputError if they are missing or wrong.
         """
+        raise InputError(f"{self.where(self.frames[0])}: comes without poses; kdmos predict finds them by odometry")
 
     @abstractmethod
     def where(self, frame: int) -> str:
