@@ -98,13 +98,13 @@ class BagScans(ScanSource):
                 self._next += 1
             except StopIteration:
                 self._broken = f"the bag ends after {self._next} of {len(self.frames)} messages"
-            except Exception as error:
+            except Exception as error:  # as in opening: a damaged bag has no exception of its own
                 self._broken = f"the bag cannot be read beyond message {self._next - 1} ({_reason(error)})"
         if self._broken is not None:
             raise InputError(f"{self.where(frame)}: {self._broken}; copy the bag again")
         try:
             return self._reader.deserialize(self._data, self._connection.msgtype), self._recorded
-        except Exception as error:
+        except Exception as error:  # nor has a damaged message
             raise InputError(f"{self.where(frame)}: not a whole message ({_reason(error)})") from error
 
 
