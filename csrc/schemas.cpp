@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
       "polar_scatter_backward(Tensor gradient, Tensor argmax, Tensor? order, Tensor start, int num_points) -> Tensor");
   m.def(
       "polar_scatter_bev(Tensor features, Tensor? order, Tensor start, Tensor cells, int num_places) -> Tensor");
+  m.def("mlp_max(Tensor points, Tensor[] weights, Tensor[] biases, Tensor order, Tensor start) -> Tensor");
   m.def("cells_to_bev(Tensor values, Tensor cells, int num_places) -> Tensor");
   m.def(
       "height_residual(Tensor[] scans, Tensor transforms, int[] bins, float[] limits, int[] windows, int[] read) -> "

@@ -6,46 +6,14 @@
 // values a pixel, one in each ring.
 //
 // The CPU alone, and there AVX-512: elsewhere the convolution of a whole image is quicker, see kdmos/ops/masked_conv.py.
-#include "parallel.h"
+#include "products.h"
 
 #if defined(__AVX512F__)
-#include <immintrin.h>
-
 #include <algorithm>
 #include <vector>
 
 namespace kdmos {
 namespace {
-
-constexpr int64_t kLanes = 16;  // sums of a vector
-
-// What the inner loop does with inputs and weights of a type: kStep inputs at a time.
-template <class T>
-struct Vector;
-
-template <>
-struct Vector<float> {
-  static constexpr int64_t kStep = 1;
-  static __m512 load(const float* weight) { return _mm512_loadu_ps(weight); }
-  static __m512 repeat(const float* input) { return _mm512_set1_ps(*input); }
-  static __m512 add(__m512 sum, __m512 weight, __m512 input) { return _mm512_fmadd_ps(weight, input, sum); }
-  static void store(float* to, __m512 sum) { _mm512_storeu_ps(to, sum); }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Vector<BFloat16> {
-  static constexpr int64_t kStep = 2;  // products of pairs, added in float32
-  static __m512bh load(const BFloat16* weight) { return (__m512bh)_mm512_loadu_si512(weight); }
-  static __m512bh repeat(const BFloat16* input) {
-    int32_t pair;
-    std::memcpy(&pair, input, sizeof(pair));
-    return (__m512bh)_mm512_set1_epi32(pair);
-  }
-  static __m512 add(__m512 sum, __m512bh weight, __m512bh input) { return _mm512_dpbf16_ps(sum, weight, input); }
-  static void store(BFloat16* to, __m512 sum) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(sum)); }
-};
-#endif
 
 struct Shape {
   int64_t B, R, A, C, O;
@@ -96,51 +64,6 @@ void pack(const Tensor& weight, const std::vector<Part<T>>& parts, const Shape& 
     }
   }
 }
-
-// kPixels x kVectors * 16 sums, in registers while all inputs pass.
-template <class T, int kPixels, int kVectors>
-struct Sums {
-  using V = Vector<T>;
-  static constexpr int64_t kOutputs = kVectors * kLanes;
-
-  KDMOS_BOTH explicit Sums(const float* bias) {
-#pragma GCC unroll 32
-    for (int p = 0; p < kPixels; ++p) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[p][v] = _mm512_loadu_ps(bias + v * kLanes);
-    }
-  }
-
-  // `count` inputs of each pixel, from where run[p] points. Returns the weights of the next.
-  KDMOS_BOTH const T* add(const T* const* run, int64_t count, const T* weight) {
-    for (int64_t c = 0; c < count; c += V::kStep, weight += kOutputs * V::kStep) {
-      decltype(V::load(weight)) weights[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) weights[v] = V::load(weight + v * kLanes * V::kStep);
-#pragma GCC unroll 32
-      for (int p = 0; p < kPixels; ++p) {
-        const auto input = V::repeat(run[p] + c);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[p][v] = V::add(sum[p][v], weights[v], input);
-      }
-    }
-    return weight;
-  }
-
-  KDMOS_BOTH void store(T* const* to, int64_t first, float slope) const {
-    const __m512 factor = _mm512_set1_ps(slope);
-#pragma GCC unroll 32
-    for (int p = 0; p < kPixels; ++p) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        // the larger of the two, as the slope is at most 1
-        V::store(to[p] + first + v * kLanes, _mm512_max_ps(_mm512_mul_ps(sum[p][v], factor), sum[p][v]));
-      }
-    }
-  }
-
-  __m512 sum[kPixels][kVectors];
-};
 
 // Computes kPixels at a time, while what the next ones read is fetched.
 template <class T, int kPixels, int kVectors>

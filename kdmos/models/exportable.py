@@ -16,6 +16,7 @@ from kdmos import ops
 from kdmos.models.fast import FastStudent
 from kdmos.models.student import Student
 from kdmos.ops import reference
+from kdmos.ops.mlp_max import point_mlp
 from kdmos.settings import PolarGrid
 
 
@@ -91,7 +92,7 @@ class ExportableStudent(FastStudent):
             return lowest.scatter_reduce(0, index, rows, "amax")
 
         bins = self.settings.grid.bins
-        appearance = self.compressed(cell_maximum(self.point_features(features)))
+        appearance = self.compressed(cell_maximum(point_mlp(features, self.mlp, self.last)))
         appearance = self.appearance.image(appearance, cells, 1, bins)
         motion = self.motion.image(cell_maximum(residual), cells, 1, bins)
         x = self.unet(appearance, motion)

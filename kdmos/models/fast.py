@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from kdmos import ops
 from kdmos.models.blocks import CoAttention, ConvBlock, DySample
 from kdmos.models.student import DecoderLevel, Encoder, Student, StudentOutput
-from kdmos.ops.polar_scatter import chunks, sorted_max
 
 REACH = 2  # cells: what a level's two 3x3 convolutions see beyond their input
 
@@ -199,9 +198,9 @@ class FoldedDecoderLevel(nn.Module):
 class FastStudent(nn.Module):
     """A student for inference alone: the same answers in less time.
 
-    Batch norms are folded, convolution and activation are one step, the point MLP and the maximum over cells run
-    chunk by chunk. In float32 the logits differ by rounding only. In half precision the first layer of the point MLP,
-    the gates and the places of DySample stay in float32.
+    Batch norms are folded, convolution and activation are one step, the point MLP and the maximum over cells another.
+    In float32 the logits differ by rounding only. In half precision the first layer of the point MLP, the gates and the
+    places of DySample stay in float32.
 
     Args:
         student: Any student; its weights are copied.
@@ -245,23 +244,9 @@ class FastStudent(nn.Module):
     def moving(self) -> int:
         return self.settings.moving
 
-    def point_features(self, x: Tensor) -> Tensor:
-        """[n, 9] -> [n, 256], of which each cell takes the largest."""
-        for weight, bias in self.mlp:
-            x = F.linear(x.to(weight.dtype), weight, bias).relu_()
-        return x.to(self.last.dtype) @ self.last.T
-
     def compressed(self, maximum: Tensor) -> Tensor:
         """[M, 256] -> [M, 32], what a cell has in the dense view."""
         return F.linear(maximum, self.compress, self.compress_bias).relu_()
-
-    def cell_features(self, features: Tensor, start: Tensor) -> Tensor:
-        """[N, 9] sorted by cell -> [M, 32], a chunk of whole cells after the other."""
-        out = []
-        for first, last, begin, end in chunks(start):
-            x = self.point_features(features[begin:end])
-            out.append(self.compressed(sorted_max(x, start[first : last + 1] - begin)))
-        return torch.cat(out)
 
     def unet(
         self,
@@ -293,7 +278,7 @@ class FastStudent(nn.Module):
         gridded = ops.polar_grid(points, offsets, grid, fixed_size)
         order = gridded.by_cell
         cells, bins = gridded.cells, grid.bins
-        values = self.cell_features(gridded.features.index_select(0, order.order), order.start)
+        values = self.compressed(ops.mlp_max(gridded.features, self.mlp, self.last, order))
         appearance = self.appearance.image(values, cells, num_scans, bins)
         motion, _ = ops.polar_scatter(residual, gridded.cell_rank, len(cells), order)
         # Cells without points are background, for motion those without residuals too. Most layers keep away from it.

@@ -4,6 +4,7 @@ from kdmos.ops.co_attention import co_attention
 from kdmos.ops.dysample import dysample
 from kdmos.ops.height_residual import height_residual, height_residual_sequence
 from kdmos.ops.masked_conv import can_mask, cell_distance, masked_conv
+from kdmos.ops.mlp_max import mlp_max
 from kdmos.ops.native import backend
 from kdmos.ops.norm_activation import norm_activation, norm_activation_again, norm_activation_backward
 from kdmos.ops.polar_grid import GriddedPoints, PointOrder, polar_grid
@@ -33,6 +34,7 @@ __all__ = [
     "height_residual_sequence",
     "linear_max",
     "masked_conv",
+    "mlp_max",
     "norm_activation",
     "norm_activation_again",
     "norm_activation_backward",

@@ -9,26 +9,18 @@ from torch import Tensor
 
 from kdmos.ops import native, reference
 
-# types with a native kernel: the instruction set it needs, and the channels it takes at a time
-KERNELS = {torch.float32: ("AVX-512", 1), torch.bfloat16: ("AVX-512 with bf16", 2)}
-OUTPUTS = 16  # and the outputs
+OUTPUTS = 16  # that the native kernel takes at a time
+INPUTS = {torch.float32: 1, torch.bfloat16: 2}  # likewise
 
 
 def can_mask(parts: Sequence[Tensor], outputs: int = OUTPUTS) -> bool:
-    """Whether `masked_conv` has a native kernel for these parts and so many output channels.
+    """Whether `masked_conv` has a native kernel for these parts and so many output channels, see `native.multiplies`.
 
-    Without one it convolves everywhere, slower than torch does. There is one on a CPU with AVX-512, for float32 and
-    bfloat16; not for bfloat16 where the processor multiplies matrices of it as a whole (AMX): torch is quicker there.
-    Nor while a program is made from the network: it must run elsewhere too.
+    Without one it convolves everywhere, slower than torch does.
     """
-    dtype, device = parts[0].dtype, parts[0].device
-    if torch.compiler.is_compiling() or dtype not in KERNELS or device.type != "cpu" or not native.serves(parts[0]):
-        return False
-    if dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
-        return False
-    instructions, inputs = KERNELS[dtype]
-    fits = not outputs % OUTPUTS and not any(part.shape[1] % inputs for part in parts)
-    return fits and native.instructions().startswith(instructions)
+    step = INPUTS.get(parts[0].dtype)
+    fits = step and not outputs % OUTPUTS and not any(part.shape[1] % step for part in parts)
+    return bool(fits) and native.multiplies(parts[0])
 
 
 @torch.no_grad()

@@ -79,6 +79,20 @@ def instructions() -> str:
     return importlib.import_module("kdmos._C").build_info()["instructions"] if BUILT else ""
 
 
+def multiplies(tensor: Tensor) -> bool:
+    """Whether there are native products of matrices for this tensor's type (`csrc/cpu/products.h`).
+
+    On a CPU with AVX-512, of float32 and bfloat16; not of bfloat16 where the processor multiplies matrices of it as a
+    whole (AMX): torch is quicker there. Nor while a program is made: it must run elsewhere too.
+    """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or not serves(tensor):
+        return False
+    if tensor.dtype == torch.bfloat16:
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        return not amx and instructions().startswith("AVX-512 with bf16")
+    return tensor.dtype == torch.float32 and instructions().startswith("AVX-512")
+
+
 def fake(op: str):
     """Decorator: the shapes that a native op returns, for `torch.compile`. Nothing where there are no native ops."""
     return torch.library.register_fake(f"kdmos::{op}") if BUILT else lambda function: function

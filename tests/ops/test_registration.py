@@ -78,6 +78,12 @@ def samples():
             0,
             True,
         ),
+        "mlp_max": (
+            random(50, 9, dtype=torch.float32),
+            [random(32, 9, dtype=torch.float32), random(32, 32, dtype=torch.float32)],
+            [random(32, dtype=torch.float32)],
+            *order,
+        ),
         "wrap_around": ([image(2, 3, 4, 5, grad=True), image(2, 2, 4, 5, seed=1, grad=True)], 1),
         "wrap_around_backward": (image(2, 5, 4, 7), [3, 4, 5, 2, 4, 5], 1),
         "co_attention": (
@@ -93,7 +99,7 @@ def samples():
 @needs_native
 @pytest.mark.parametrize("op", sorted(samples()[0]))
 def test_opcheck(op, backend):
-    if op == "masked_conv" and not torch._C._dispatch_has_kernel_for_dispatch_key("kdmos::masked_conv", "CPU"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kdmos::{op}", "CPU"):
         pytest.skip("this build has no vector instructions for it")
     if backend == "native":
         torch.library.opcheck(getattr(torch.ops.kdmos, op).default, samples()[0][op])
