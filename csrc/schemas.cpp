@@ -43,6 +43,7 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def(
       "masked_conv(Tensor[] parts, Tensor weight, Tensor bias, float slope, Tensor distance, int near, bool fill) -> "
       "Tensor");
+  m.def("winograd_conv(Tensor[] parts, Tensor weight, Tensor bias, float slope) -> Tensor");
   m.def(
       "co_attention(Tensor appearance, Tensor motion, Tensor fused, Tensor gate, Tensor gate_bias, Tensor spatial, "
       "Tensor spatial_bias, Tensor channel, Tensor channel_bias) -> "

@@ -6,24 +6,17 @@
 // values a pixel, one in each ring.
 //
 // The CPU alone, and there AVX-512: elsewhere the convolution of a whole image is quicker, see kdmos/ops/masked_conv.py.
+#include "parts.h"
 #include "products.h"
 
 #if defined(__AVX512F__)
 #include <algorithm>
-#include <vector>
 
 namespace kdmos {
 namespace {
 
 struct Shape {
   int64_t B, R, A, C, O;
-};
-
-// One of the images that count as one, [B, R, A, C]; those smaller than the first end in zeros.
-template <class T>
-struct Part {
-  const T* data;
-  int64_t R, A, C;
 };
 
 // One ring of one part.
@@ -228,15 +221,9 @@ Tensor masked_conv_of(const std::vector<Tensor>& images, const Tensor& weight, c
                       const Tensor& distance, int64_t near, bool fill) {
   const Tensor& image = images[0];
   const Shape n{image.size(0), image.size(2), image.size(3), weight.size(1), weight.size(0)};
-  std::vector<Part<T>> parts;
+  const std::vector<Part<T>> parts = parts_of<T>("masked_conv", images, Vector<T>::kStep);
   int64_t C = 0;
-  for (const Tensor& part : images) {
-    STD_TORCH_CHECK(nhwc(part).is_contiguous() && part.scalar_type() == image.scalar_type() && part.size(0) == n.B &&
-                        part.size(2) <= n.R && part.size(3) <= n.A && part.size(1) % Vector<T>::kStep == 0,
-                    "masked_conv: channels-last images of one dtype and an even number of channels that fit the first");
-    parts.push_back({data<T>(part), part.size(2), part.size(3), part.size(1)});
-    C += part.size(1);
-  }
+  for (const Part<T>& part : parts) C += part.C;
   STD_TORCH_CHECK(C == n.C && n.O % kLanes == 0 && weight.size(2) == 3 && weight.size(3) == 3 &&
                       weight.scalar_type() == image.scalar_type(),
                   "masked_conv: weight [O, C, 3, 3] of the images' dtype, O a multiple of ", kLanes);

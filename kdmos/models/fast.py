@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from kdmos.models.blocks import CoAttention, ConvBlock, DySample
 from kdmos.models.student import DecoderLevel, Encoder, Student, StudentOutput
 
 REACH = 2  # cells: what a level's two 3x3 convolutions see beyond their input
+WINOGRAD_INPUTS = 64  # channels from which a convolution is transformed: with fewer, more background is left out
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,6 +60,9 @@ class FoldedConv(nn.Module):
         self.fused = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self.weight = weight.detach().to(dtype, memory_format=torch.channels_last)
         self.bias = bias.detach().to(dtype)
+        self.transformed = None
+        if self.weight.shape[1] >= WINOGRAD_INPUTS and ops.can_winograd([self.weight], len(self.weight)):
+            self.transformed = ops.winograd_weight(weight.detach(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and not torch.compiler.is_compiling():
@@ -69,6 +73,16 @@ class FoldedConv(nn.Module):
                 x, self.weight, self.bias, *sizes, "leaky_relu", [self.slope], ""
             )
         return F.leaky_relu_(F.conv2d(x, self.weight, self.bias, padding=(1, 0)), self.slope)
+
+    def whole(self, parts: Sequence[Tensor], distance: Tensor | None, near: int) -> Tensor:
+        """Of parts that count as one, circular in phi; background where the `distance` is more than `near`.
+
+        One with many inputs is computed everywhere: there is little background so deep in the network. From there on an
+        image's background is constant up to rounding alone, and no later layer takes it for granted.
+        """
+        if self.transformed is not None and ops.can_winograd(parts, len(self.weight)):
+            return ops.winograd_conv(parts, self.transformed, self.bias, self.slope)
+        return ops.masked_conv(parts, self.weight, self.bias, distance, near, True, self.slope)
 
 
 class FoldedBlock(nn.Module):
@@ -92,7 +106,9 @@ class FoldedBlock(nn.Module):
         less work on a CPU, where each convolution carries them one cell on.
         """
         if ops.can_mask(parts, len(self.convs[0].weight)):
-            return self._near(parts, distance, range(reach + 1, reach + 1 + len(self.convs)), True)
+            for conv, near in zip(self.convs, range(reach + 1, reach + 1 + len(self.convs))):
+                parts = (conv.whole(parts, distance, near),)
+            return parts[0]
         if parts[0].shape[3] >= len(self.convs):
             return self.convs(self.wrap_around(parts, len(self.convs)))
         for conv in self.convs:  # the circle is shorter than what they need of it
@@ -103,11 +119,8 @@ class FoldedBlock(nn.Module):
         """As `forward`; with a `distance` what is not 0 away may be left unset."""
         if distance is None or not ops.can_mask(parts, len(self.convs[0].weight)):
             return self(*parts)
-        return self._near(parts, distance, reversed(range(len(self.convs))), False)
-
-    def _near(self, parts: Sequence[Tensor], distance: Tensor | None, near: Iterable[int], fill: bool) -> Tensor:
-        for conv, farthest in zip(self.convs, near):
-            parts = (ops.masked_conv(parts, conv.weight, conv.bias, distance, farthest, fill, conv.slope),)
+        for conv, near in zip(self.convs, reversed(range(len(self.convs)))):
+            parts = (ops.masked_conv(parts, conv.weight, conv.bias, distance, near, False, conv.slope),)
         return parts[0]
 
 

@@ -15,6 +15,7 @@ from kdmos.ops.submanifold_conv import Neighbours, find_neighbours, submanifold_
 from kdmos.ops.voxel_head import voxel_head
 from kdmos.ops.voxel_label import voxel_label
 from kdmos.ops.wdcd_loss import wdcd_loss
+from kdmos.ops.winograd_conv import can_winograd, winograd_conv, winograd_weight
 from kdmos.ops.wrap_around import wrap_around
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PointOrder",
     "backend",
     "can_mask",
+    "can_winograd",
     "cell_distance",
     "cells_to_bev",
     "co_attention",
@@ -46,5 +48,7 @@ __all__ = [
     "voxel_head",
     "voxel_label",
     "wdcd_loss",
+    "winograd_conv",
+    "winograd_weight",
     "wrap_around",
 ]

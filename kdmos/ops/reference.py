@@ -237,6 +237,26 @@ def masked_conv(
     return torch.where(beyond[:, None], background, out)
 
 
+# the matrices of F(2x2, 3x3) in Lavin and Gray (CVPR 2016): of inputs, weights, outputs
+WINOGRAD_B = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
+WINOGRAD_G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+WINOGRAD_A = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
+
+
+def winograd_conv(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, slope: float) -> Tensor:
+    dtype, (height, width) = weight.dtype, parts[0].shape[2:]
+    wide = torch.promote_types(dtype, torch.float32)
+    b, a = bias.new_tensor(WINOGRAD_B, dtype=wide), bias.new_tensor(WINOGRAD_A, dtype=wide)
+    image = F.pad(wrap_around(parts, 1).to(wide), (0, width % 2, 1, 1 + height % 2))
+    tiles = image.unfold(2, 4, 2).unfold(3, 4, 2)  # [B, C, H / 2, W / 2, 4, 4]
+    tiles = torch.einsum("im,bchwmn,jn->bhwijc", b, tiles, b).to(dtype).to(wide)
+    weight = weight.transpose(2, 3).reshape(4, 4, bias.numel(), -1)  # [4, 4, O, C]
+    products = torch.einsum("bhwijc,ijoc->bohwij", tiles, weight.to(wide))
+    out = torch.einsum("im,bohwmn,jn->bohiwj", a, products, a).flatten(4).flatten(2, 3)[:, :, :height, :width]
+    out = F.leaky_relu(out + bias.to(wide)[:, None, None], slope).to(dtype)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
 def co_attention(
     appearance: Tensor,
     motion: Tensor,

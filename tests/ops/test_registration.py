@@ -84,6 +84,12 @@ def samples():
             [random(32, dtype=torch.float32)],
             *order,
         ),
+        "winograd_conv": (
+            [image(2, 32, 5, 6).float(), image(2, 16, 4, 5, seed=1).float()],
+            random(16, 1, 48, 32, 1, dtype=torch.float32),
+            random(32, dtype=torch.float32),
+            0.01,
+        ),
         "wrap_around": ([image(2, 3, 4, 5, grad=True), image(2, 2, 4, 5, seed=1, grad=True)], 1),
         "wrap_around_backward": (image(2, 5, 4, 7), [3, 4, 5, 2, 4, 5], 1),
         "co_attention": (
