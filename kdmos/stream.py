@@ -280,7 +280,9 @@ class MosStream:
         if fault:
             new.notes.append(f"its pose {fault}: it is left out")
             return None
-        return pose.copy()
+        whole = np.eye(4)
+        whole[: len(pose)] = pose
+        return whole
 
     def _odometry_pose(self, points: np.ndarray | Tensor, new: _Waiting) -> np.ndarray:
         if self._odometry is None:

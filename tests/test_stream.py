@@ -268,6 +268,16 @@ def test_poses_that_cannot_be_used(one_thread):
     assert not stream.push(drawn(), torch.eye(4) + torch.tensor(far - np.eye(4))).notes
 
 
+def test_poses_of_three_rows_are_those_of_four(sequence, one_thread):
+    model = student(MotionSettings(lookahead=0))
+    four, three, mixed = MosStream(model), MosStream(model), MosStream(model)
+    for frame, pose in zip(sequence.frames, sequence.poses()):
+        points = sequence.read_points(frame)
+        expected = four.push(points, pose)
+        for found in (three.push(points, pose[:3]), mixed.push(points, pose[: 3 + frame % 2])):
+            assert found.pose.shape == (4, 4) and np.array_equal(found.moving_probability, expected.moving_probability)
+
+
 def test_the_callers_arrays_are_copied(sequence, one_thread):
     kept, reused = MosStream(student()), MosStream(student())
     points, pose = np.empty((0, 4), np.float32), np.eye(4)
