@@ -28,6 +28,9 @@ from kdmos.smoothing import BayesFilter
 PERIODS = 20  # intervals between stamps that say what is usual ...
 ENOUGH_PERIODS = 5  # ... once there are so many
 GAP = 1.5  # usual intervals; a longer one means that scans are missing
+# Late scans in a row, with stamps that ascend, after which not they are wrong but the stamp that they are late to: the
+# clock was set back, or one stamp lay far in the future. A network that mixes up scans does not delay so many.
+CLOCK_SET = 5
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class MosStream:
         self._waiting: deque[_Waiting] = deque()
         self._count = self._skipped = 0
         self._stamp: float | None = None  # of the newest scan that has one
+        self._late: list[float] = []  # stamps of the late scans since then, as far as they ascend
         self._periods: deque[float] = deque(maxlen=PERIODS)
         self._pose: np.ndarray | None = None  # of the newest scan that has one ...
         self._elapsed = 0.0  # ... and how many scans ago, by the stamps, that was
@@ -148,9 +152,10 @@ class MosStream:
 
         Args:
             points: float [n, 4] = x, y, z (metres, LiDAR frame), remission (0..1).
-            pose: [4, 4], rigid: any fixed frame from this scan's LiDAR frame. If the first scan comes without, poses
-                are those of odometry; else a scan without one cannot be used.
-            stamp: Seconds. A scan that is not later than the one before it takes no part and is answered at once.
+            pose: [4, 4] or its upper [3, 4], rigid: any fixed frame from this scan's LiDAR frame. If the first scan
+                comes without, poses are those of odometry; else a scan without one cannot be used.
+            stamp: Seconds. A scan that is not later than the one before it takes no part and is answered at once; the
+                fifth such scan in a row whose stamps ascend says that the clock was set back.
         Returns: The result of the scan `lookahead` scans ago, None while there is none.
         Raises: InputError only if odometry is needed and kiss-icp is missing.
         """
@@ -250,17 +255,29 @@ class MosStream:
             new.stamp = None
         if new.stamp is not None and self._stamp is not None:
             period = new.stamp - self._stamp
-            if period <= 0:
+            if period <= 0 and not self._clock_was_set(new.stamp):
                 how = "repeats that of the scan before it" if period == 0 else f"is {-period:.3f} s before the last one"
                 new.notes.append(f"the stamp {new.stamp:.3f} s {how}: the scan takes no part")
                 return True
-            if usual is not None and period > GAP * usual:
-                elapsed = period / usual
-                new.notes.append(f"{period:.3f} s since the scan before it, where {usual:.3f} s are usual")
-            self._periods.append(period)
+            if period <= 0:
+                new.notes.append(f"the clock seems to have been set back by {-period:.3f} s: stamps count from here")
+                elapsed = CLOCK_SET
+            else:
+                if usual is not None and period > GAP * usual:
+                    elapsed = period / usual
+                    new.notes.append(f"{period:.3f} s since the scan before it, where {usual:.3f} s are usual")
+                self._periods.append(period)
+            self._late.clear()
         self._stamp = self._stamp if new.stamp is None else new.stamp
         self._elapsed += elapsed
         return False
+
+    def _clock_was_set(self, stamp: float) -> bool:
+        """Whether this late scan is the one of many that ascend."""
+        if self._late and stamp <= self._late[-1]:
+            self._late.clear()
+        self._late.append(stamp)
+        return len(self._late) == CLOCK_SET
 
     def _read_pose(
         self, pose: np.ndarray | Tensor | None, points: np.ndarray | Tensor, new: _Waiting

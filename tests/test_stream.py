@@ -205,6 +205,19 @@ def test_late_scans_do_not_make_the_others_later(sequence, one_thread):
         assert stream.push(drawn(), pose, 0.0).late_by == 0
 
 
+@pytest.mark.parametrize("before, after", [([], 0.0), ([1e9], 100.8)], ids=["set back", "one stamp far ahead"])
+def test_a_clock_that_was_set_does_not_silence_the_stream(one_thread, before, after):
+    stream = now()
+    stamps = [100 + 0.1 * i for i in range(8)] + before + [after + 0.1 * i for i in range(7)]
+    results = [stream.push(drawn(), np.eye(4), stamp) for stamp in stamps]
+    *late, back, second, last = results[-7:]
+    assert all("takes no part" in result.notes[0] for result in late) and len(late) == 4
+    assert "clock seems to have been set back" in back.notes[0] and not second.notes and not last.notes
+    assert back.moving_probability.any() and last.moving_probability.any()
+    jumbled = [stream.push(drawn(), np.eye(4), stamp).notes[0] for stamp in (0.4, 0.2, 0.3, 0.1, 0.2, 0.1, 0.3, 0.2)]
+    assert all("takes no part" in note for note in jumbled)
+
+
 def test_gaps_and_stamps_that_are_no_time(one_thread):
     stream = now()
     stamps = [0.1 * i for i in range(8)] + [1.1, 1.2, float("nan"), 1.3]
