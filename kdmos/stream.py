@@ -420,10 +420,11 @@ class BackgroundStream:
 
         Raises: what ended the stream's thread.
         """
-        while (result := self._results.get()) is not None:
-            if isinstance(result, Exception):
-                raise result
+        while isinstance(result := self._results.get(), Result):
             yield result
+        self._results.put(result)  # the end is the end for whoever asks again, too
+        if result is not None:
+            raise result
 
     def close(self) -> None:
         """No more scans. What was given is answered still."""
