@@ -8,7 +8,6 @@ come late by the look-ahead of the checkpoint, and scans are skipped where the m
 """
 
 import threading
-from collections import deque
 
 import numpy as np
 import rclpy
@@ -39,8 +38,9 @@ class MovingPoints(Node):
         }
         given = {name: self.declare_parameter(name, default).value for name, default in defaults.items()}
         self.fixed_frame, sensor = given.pop("fixed_frame"), given.pop("sensor")
-        self.stream = BackgroundStream(MosStream(**given, sensor=sensor or None))
-        self.clouds: deque[tuple[int, PointCloud2]] = deque()  # that wait for their result, with their number
+        stream = MosStream(**given, sensor=sensor or None)
+        self.stream, self.lookahead = BackgroundStream(stream), stream.lookahead
+        self.clouds: dict[int, PointCloud2] = {}  # that wait for their result, by number
         self.count = 0
         self.transforms = Buffer()
         TransformListener(self.transforms, self, spin_thread=True)
@@ -58,7 +58,7 @@ class MovingPoints(Node):
         pose = self.pose(cloud) if self.fixed_frame else None  # of odometry
         if self.fixed_frame and pose is None:
             return
-        self.clouds.append((self.count, cloud))
+        self.clouds[self.count] = cloud
         self.count += 1
         stamp = cloud.header.stamp
         self.stream.put(points, pose, stamp.sec + stamp.nanosec * 1e-9)
@@ -77,10 +77,11 @@ class MovingPoints(Node):
     def publish(self) -> None:
         """In a thread of its own: each result joins the cloud it belongs to."""
         for result in self.stream.results():
-            while (number := self.clouds[0][0]) < result.scan_id:  # scans that were skipped
-                self.clouds.popleft()
-            if number == result.scan_id:
-                self.publisher.publish(with_field(self.clouds.popleft()[1], "moving", result.moving_probability))
+            cloud = self.clouds.pop(result.scan_id)
+            if result.late_by >= self.lookahead:  # in its turn: those before it that still wait were skipped
+                for number in [number for number in list(self.clouds) if number < result.scan_id]:
+                    del self.clouds[number]
+            self.publisher.publish(with_field(cloud, "moving", result.moving_probability))
             for note in result.notes:
                 self.get_logger().warning(f"scan {result.scan_id}: {note}")
 
@@ -88,8 +89,11 @@ class MovingPoints(Node):
 def with_field(cloud: PointCloud2, name: str, values: np.ndarray) -> PointCloud2:
     """The cloud with another field, float32, one value a point."""
     height, width, step = cloud.height, cloud.width, cloud.point_step
-    data = np.frombuffer(cloud.data, np.uint8).reshape(height, cloud.row_step)[:, : step * width]
-    data = data.reshape(height * width, step)
+    row = cloud.row_step or step * width  # 0 in messages of some drivers
+    data = np.zeros(row * height, np.uint8)  # the padding after the last row may be missing
+    given = np.frombuffer(cloud.data, np.uint8)[: len(data)]
+    data[: len(given)] = given
+    data = data.reshape(height, row)[:, : step * width].reshape(height * width, step)
     order = ">" if cloud.is_bigendian else "<"
     data = np.concatenate([data, values.astype(f"{order}f4").view(np.uint8).reshape(-1, 4)], 1)
     field = PointField(name=name, offset=step, datatype=PointField.FLOAT32, count=1)

@@ -153,6 +153,29 @@ def test_clouds_come_back_with_a_field(example, monkeypatch, tmp_path, write_seq
     assert threading.active_count() < 20
 
 
+def test_a_repeated_stamp_takes_no_other_cloud_with_it(example, monkeypatch, tmp_path, write_sequence, one_thread):
+    """Its scan is answered at once, before those that wait for their look-ahead."""
+    (sequence,) = find_sequences(write_sequence(tmp_path / "00"))
+    monkeypatch.setattr(Buffer, "poses", {float(frame): (0, 0, 0) for frame in sequence.frames})
+    monkeypatch.setattr(Node, "given", {"checkpoint": "rule", "fixed_frame": "odom"})
+    node = example.MovingPoints()
+    for frame in [0, 1, 2, 2, 3, 4]:
+        node.callbacks["points"](cloud(sequence.read_points(frame), frame))
+        wait_for(lambda: not node.stream._scans)
+    node.stream.close()
+    wait_for(lambda: len(node.published) == 6)
+    assert [message.header.stamp.sec for message in node.published] == [2, 0, 1, 2, 3, 4]
+    assert not node.clouds
+
+
+def test_rows_whose_size_or_end_is_missing(example):
+    for change in ({"row_step": 0}, {"data": b"\0" * (6 * 18)}):
+        message = cloud(np.ones((6, 4), np.float32), 0)
+        message.__dict__.update(change)
+        joined = example.with_field(message, "moving", np.arange(6, dtype=np.float32))
+        assert len(joined.data) == 6 * 22
+
+
 def test_rows_that_are_padded_and_big_endian(example):
     message = cloud(np.ones((6, 4), np.float32), 0)
     message.is_bigendian = True
