@@ -341,7 +341,7 @@ def evaluate_predictions(
 
 
 def _poses(data: str | Path, predictions: str | Path, sequence: Sequence, profile: SensorProfile) -> np.ndarray:
-    """Of the scans as the rule gets them, from beside them, else those that kdmos predict got by odometry."""
+    """Of the scans as the rule gets them, those that kdmos predict used."""
     saved = saved_poses(predictions, data, sequence)
     if saved is None and not sequence.has_poses:
         raise InputError(f"{sequence.folder / 'poses.txt'}: does not exist, and the rule needs poses")

@@ -124,7 +124,7 @@ def odometry_poses(
 
 
 def poses_path(predictions: str | Path, name: str) -> Path:
-    """Where the poses that a sequence got by odometry lie beside its predictions."""
+    """Where poses that a sequence got by odometry, or from a file that is not its own, lie beside its predictions."""
     return Path(predictions) / "sequences" / name / "poses.txt"
 
 
@@ -135,7 +135,7 @@ def write_poses(path: Path, poses: np.ndarray) -> None:
 
 
 def saved_poses(predictions: str | Path, data: str | Path, source: ScanSource) -> np.ndarray | None:
-    """LiDAR poses [S, 4, 4] that `kdmos predict` got by odometry for a sequence; None if it did not.
+    """LiDAR poses [S, 4, 4] that `kdmos predict` used for a sequence; None if those were the sequence's own.
 
     Args:
         predictions: The folder that it wrote.
@@ -144,7 +144,7 @@ def saved_poses(predictions: str | Path, data: str | Path, source: ScanSource) -
     Raises: InputError if the files are damaged.
     """
     manifest, path = read_manifest(predictions) or {}, poses_path(predictions, source.name)
-    ours = "odometry" in str(manifest.get("poses")) and manifest.get("source") == str(Path(data).resolve())
+    ours = manifest.get("poses") and manifest.get("source") == str(Path(data).resolve())
     if not ours or not path.is_file():
         return None
     poses = read_pose_file(path).poses

@@ -325,12 +325,15 @@ def predict(
         poses=_said_of_poses(poses, calib, odometry, bool(without)),
         sensor=profile.changes(),
     )
-    for one in without:
+    for one in found if poses is not None else without:
         foreign = poses_path(output, one.name)
-        if foreign.exists() and "odometry" not in str((read_manifest(output) or {}).get("poses")):
+        if foreign.exists() and not (read_manifest(output) or {}).get("poses"):
             raise InputError(f"{foreign}: there already, and not by kdmos predict; choose another --output")
     claim(output, manifest)
     ready = [own_poses(one, source, output, profile) if one in without else one for one in given]
+    if poses is not None:  # those of odometry are there already
+        for one in ready:
+            write_poses(poses_path(output, one.name), one.poses())
 
     # 3) The labels.
     done, lost = predict_data(model, ready, output, where, classes, scores, manifest, profile)

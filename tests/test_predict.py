@@ -18,6 +18,7 @@ from kdmos.errors import InputError
 from kdmos.inference import prepared
 from kdmos.models import Student, build_student, load_student, save_model
 from kdmos.motion import motion_channels
+from kdmos.predictions import predicted_sources
 from kdmos.settings import MotionSettings, PolarGrid, StudentSettings
 
 GRID = PolarGrid(bins=(48, 32, 8))
@@ -287,6 +288,26 @@ def test_a_folder_of_files_with_poses_beside_them(data, checkpoint, expected, tm
     shutil.copy(data / "calib.txt", folder)
     assert run(folder, "--checkpoint", checkpoint, "--output", tmp_path / "again") == 0
     same_labels(tmp_path / "again", expected, "scans")
+
+
+def test_given_poses_are_kept_for_what_comes_after(data, tmp_path, capsys):
+    """A folder of scans that has none of its own: its map, its trajectory, the rule."""
+    folder, out = tmp_path / "scans", tmp_path / "out"
+    folder.mkdir()
+    for frame, points in enumerate(scans_of(data)):
+        np.save(folder / f"{frame}.npy", points)
+    poses = ["--poses", data / "poses.txt", "--calib", data / "calib.txt"]
+    assert run(folder, "--checkpoint", "rule", "--output", out, *poses) == 0
+    (source,) = predicted_sources(folder, None, out)
+    (camera,) = find_sequences(data)
+    given = camera.poses()
+    np.testing.assert_allclose(source.poses(), source.poses()[0] @ given, atol=1e-12)
+    (out / "sequences" / "scans" / "predictions" / "000003.label").unlink()
+    assert run(folder, "--checkpoint", "rule", "--output", out, *poses) == 0  # they are ours
+    (out / "predict.json").unlink()
+    shutil.rmtree(out / "sequences" / "scans" / "predictions")
+    assert run(folder, "--checkpoint", "rule", "--output", out, *poses) == 2
+    assert "there already, and not by kdmos predict" in capsys.readouterr().err
 
 
 def test_stamped_poses(data, checkpoint, tmp_path, capsys):
