@@ -29,14 +29,19 @@ def predicted_sources(
     """The sequences at a path that a folder has predictions of, with the poses that these were made with.
 
     Args:
-        path, names, topic: Of the scans, see `open_sources`; sequences that are named must have predictions.
+        path, names: Of the scans, see `open_sources`; sequences that are named must have predictions.
+        topic: Of a bag; None: the one that was predicted.
         predictions: Folder that holds sequences/<name>/predictions/, as kdmos predict writes it.
         scores: Predictions are the .score files, not the .label files.
-    Raises: InputError if there is no such folder, or it has predictions of none.
+    Raises: InputError if there is no such folder, or it has predictions of none, or of another topic.
     """
     if not Path(predictions).is_dir():
         raise InputError(f"{predictions}: no such folder; kdmos predict writes it")
-    sources = open_sources(path, names, topic, profile_of(read_manifest(predictions)).remission_scale)
+    manifest = read_manifest(predictions) or {}
+    made_of = manifest.get("topic")
+    if topic is not None and made_of is not None and topic != made_of:
+        raise InputError(f"--topic {topic}: {predictions} holds predictions of {made_of}")
+    sources = open_sources(path, names, topic or made_of, profile_of(manifest).remission_scale)
     suffix, option = (".score", " --scores") if scores else (".label", "")
     folders = {source.name: source.prediction_path(predictions, 0).parent for source in sources}
     without = [name for name, folder in folders.items() if not any(folder.glob(f"*{suffix}"))]

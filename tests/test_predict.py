@@ -274,6 +274,20 @@ def test_a_bag_gives_the_labels_of_the_folder(data, checkpoint, expected, tmp_pa
     assert run(path, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--scores") == 2  # with other poses
 
 
+def test_predictions_of_a_topic_are_shown_with_its_scans(data, tmp_path, bags):
+    pytest.importorskip("rosbags")
+    clouds = [bags.xyzi(points, stamp=10 + 0.1 * i) for i, points in enumerate(scans_of(data))]
+    path, out = tmp_path / "drive.bag", tmp_path / "out"
+    bags.write(path, clouds, "ros1", topics=("/front", "/roof"))
+    poses = ["--poses", data / "poses.txt", "--calib", data / "calib.txt"]
+    assert run(path, "--checkpoint", "rule", "--output", out, "--topic", "/roof", *poses) == 0
+    for topic in (None, "/roof"):
+        (source,) = predicted_sources(path, None, out, topic)
+        assert "/roof" in source.where(0)
+    with pytest.raises(InputError, match=r"--topic /front: .*out holds predictions of /roof"):
+        predicted_sources(path, None, out, "/front")
+
+
 def test_a_folder_of_files_with_poses_beside_them(data, checkpoint, expected, tmp_path):
     folder = tmp_path / "mine" / "scans"
     folder.mkdir(parents=True)
