@@ -45,18 +45,27 @@ def bench(
     ] = None,
     only: Annotated[str | None, typer.Option(help=f"Some of {', '.join(BENCHMARKS)}.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    rounds: Annotated[int, typer.Option(help="Runs of either side, in turns, after 3 to warm up.")] = 15,
+    rounds: Annotated[
+        int | None, typer.Option(help="Runs of either side, in turns, after 3 to warm up; 15 by default.", min=1)
+    ] = None,
     append: Annotated[bool, typer.Option("--append", help="Add the rows to benchmarks/results/*.csv.")] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Instead: latency from raw scan to labels, scan by scan.")
     ] = False,
-    scans: Annotated[int, typer.Option(help="With --stream: how many, after 20 to warm up.", min=1)] = 100,
+    scans: Annotated[
+        int | None, typer.Option(help="With --stream: how many, after 20 to warm up; 100 by default.", min=1)
+    ] = None,
 ) -> None:
     """Compare speed with the authors' arrangement in plain torch and numpy; or measure a stream end to end.
 
     Both sides run in turns in one process; medians. "limit" is the least time the work can take here, by the measured
     copy bandwidth or the rate of a matrix product, and how much of our time that is.
     """
+    if stream and (only is not None or rounds is not None):
+        raise InputError("--only and --rounds are of the comparison op by op; --stream has --scans")
+    if scans is not None and not stream:
+        raise InputError("--scans is of --stream; the comparison op by op has --rounds")
+    rounds = rounds or 15
     wanted = listed(only, "--only") or list(BENCHMARKS)
     unknown = [name for name in wanted if name not in BENCHMARKS]
     if unknown:
@@ -67,9 +76,10 @@ def bench(
     folder = None if sequence is None else str(sequence)
     if stream:
         bench_stream(
-            import_module(f"{package}.bench_stream").measure(folder, device, scans=scans),
+            import_module(f"{package}.bench_stream").measure(folder, device, scans=scans or 100),
             rows,
-            device if append else None,
+            device,
+            append,
             console,
         )
         return
@@ -100,17 +110,19 @@ def bench(
     console.print(table)
 
 
-def bench_stream(found: Iterable[dict], rows: ModuleType, device: str | None, console: Console) -> None:
-    """Print the rows of benchmarks/bench_stream.py; append them if a device is given."""
-    table = Table(title="the shipped student, from raw scan to labels in memory")
+def bench_stream(found: Iterable[dict], rows: ModuleType, device: str, append: bool, console: Console) -> None:
+    """Print the rows of benchmarks/bench_stream.py as columns, each as it comes with --append."""
+    runs = []
     for row in found:
-        shown = {key: value for key, value in row.items() if key not in ("checkpoint", "form")}
-        if not table.columns:
-            for key in shown:
-                table.add_column(key.replace("_", " "))
-        table.add_row(*map(str, shown.values()))
-        if device is not None:
+        runs.append(row)
+        if append:
             rows.append("stream", row, device)
+    table = Table(title="the shipped student, from raw scan to labels in memory", show_header=False)
+    for _ in ("name", *runs):
+        table.add_column(overflow="fold")  # no figure is cut off, however narrow the terminal
+    table.add_row("device", *[device] * len(runs))
+    for key in runs[0]:
+        table.add_row(key.replace("_", " "), *(str(run[key]) for run in runs))
     console.print(table)
 
 

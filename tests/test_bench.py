@@ -62,6 +62,26 @@ def test_the_rows_of_a_stream_are_printed_and_kept(capsys, monkeypatch, tmp_path
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     monkeypatch.setattr(module, "measure", lambda *_, scans: [{"precision": "float32", "count": scans, "p50_ms": 1.5}])
     assert run_main("--stream", "--scans", "7", "--append", "--device", "cpu") == 0
-    assert "1.5" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1.5" in printed and "cpu" in printed
     with open(tmp_path / "stream.csv") as file:
         assert [row["count"] for row in csv.DictReader(file)] == ["7"]
+
+
+def test_the_rows_of_a_stream_fit_a_terminal(capsys, monkeypatch):
+    """Those of both precisions and paces, with all their figures, in 80 characters."""
+    package = bench.benchmarks_package()
+    module, rows = (__import__(f"{package}.{name}", fromlist=["x"]) for name in ("bench_stream", "rows"))
+    with open(rows.RESULTS / "stream.csv") as file:
+        found = [dict(list(row.items())[4:]) for row in csv.DictReader(file)][:4]
+    monkeypatch.setattr(module, "measure", lambda *_, **__: found)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_main("--stream") == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed and all(row[key] in printed for row in found for key in ("p50_ms", "p99_ms", "peak_mib"))
+
+
+@pytest.mark.parametrize("given", [("--stream", "--only", "dysample"), ("--stream", "--rounds", "3"), ("--scans", "3")])
+def test_options_of_the_other_kind_are_refused(capsys, given):
+    assert run_main(*given) == 2
+    assert "--stream" in capsys.readouterr().err
