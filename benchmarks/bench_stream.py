@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import cycle, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,6 +117,8 @@ def measure(
         for pace in paces:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            else:
+                forget_peak_of_process()
             stream = MosStream(load_model(checkpoint, device), precision=precision, timed=pace == "full speed")
             if precision != "float32" and stream.model.dtype == torch.float32:
                 break  # not computed here
@@ -134,6 +137,11 @@ def measure(
             )
             row |= {"peak_mib": round(peak), "grown_mib": round(grown, 1)}
             yield row
+
+
+def forget_peak_of_process() -> None:
+    """Else the peak of a row would be that of all rows before it (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_of_process() -> float:
