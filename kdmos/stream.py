@@ -75,7 +75,7 @@ class _Waiting:
 
 
 class MosStream:
-    """Labels of scans that arrive one by one: the same as `kdmos predict` writes for the sequence.
+    """Labels of scans that arrive one by one: the same as `kdmos predict` writes for the sequence and its poses.
 
     What is kept is bounded: the window and the scans that still wait for their look-ahead, on the device. Bad input
     never ends it: a scan that cannot be used is answered with 9 and a note, and counts as empty in the windows of the
