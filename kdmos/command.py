@@ -6,10 +6,14 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kdmos.errors import InputError
 
@@ -50,6 +54,48 @@ def keep_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own ...
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and nothing is given back
+
+
+class Bar:
+    """How far long work is, on stderr: a bar in a terminal, elsewhere a line every half a minute.
+
+        with Bar("predict", len(scans)) as bar:
+            ...
+            bar.advance()
+
+    The time left is that of the rest at the speed so far: what was there already belongs in neither.
+
+    Args:
+        what: The work, a word or two; `bar.what` may change on the way.
+        total: Steps, scans mostly.
+        show: Whether to show anything.
+    """
+
+    SECONDS = 30.0  # between two lines
+
+    def __init__(self, what: str, total: int, show: bool = True) -> None:
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.what, self.total, self.done, self.lines = what, total, 0, show and not console.is_terminal
+        self.progress = Progress(*columns, console=console, disable=not show or self.lines, transient=True)
+        self.task = self.progress.add_task(what, total=total)
+
+    def __enter__(self) -> Bar:
+        self.progress.__enter__()
+        self.start = self.said = time.monotonic()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.progress.__exit__(*error)
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+        self.progress.update(self.task, advance=steps, description=self.what)
+        now = time.monotonic()
+        if self.lines and now - self.said >= self.SECONDS and 0 < self.done < self.total:
+            self.said = now
+            left = timedelta(seconds=round((now - self.start) / self.done * (self.total - self.done)))
+            print(f"{self.what}: {self.done} of {self.total}, about {left} left", file=sys.stderr, flush=True)
 
 
 def listed(text: str | None, option: str) -> list[str] | None:

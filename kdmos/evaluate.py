@@ -17,11 +17,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kdmos import metrics
-from kdmos.command import listed, run
+from kdmos.command import Bar, listed, run
 from kdmos.data.labels import CLASSES, to_classes
 from kdmos.data.profile import SensorProfile, profile_of
 from kdmos.data.semantic_kitti import (
@@ -271,7 +270,7 @@ def evaluate_predictions(
             non-zero; needs poses.
         pictures: Folder for a picture per sequence, of the scan with most moving points.
         frames: Frame numbers to draw instead, in each sequence that has them.
-        progress: Show a bar on stderr.
+        progress: Say on stderr how far it is.
         allow_missing: Score the scans that have predictions where other labelled scans have none.
     Returns: JSON-able dict: `data`, `predictions`, `made_with` (what kdmos predict noted: look-ahead and so on, or
         None), `classes`, `total`, `sequences` {name: scores}, `left_out` {name: reason}, `unlabelled_scans`
@@ -302,14 +301,12 @@ def evaluate_predictions(
     poses = {one.sequence.name: _poses(data, predictions, one.sequence, profile) if rule else None for one in scored}
 
     by_prediction, by_rule, to_draw, taken_for_static = {}, {}, [], []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        task = bar.add_task("", total=sum(len(one.sequence.frames if rule else one.frames) for one in scored))
+    with Bar("evaluate", sum(len(one.sequence.frames if rule else one.frames) for one in scored), progress) as bar:
         for one in scored:
             name = one.sequence.name
-            bar.update(task, description=f"sequence {name}")
+            bar.what = f"sequence {name}"
             by_prediction[name], by_rule[name], fullest = count_sequence(
-                one, predictions, poses[name], profile, lambda: bar.advance(task)
+                one, predictions, poses[name], profile, bar.advance
             )
             if by_prediction[name].unlabeled_is_static():
                 taken_for_static.append(name)
@@ -583,7 +580,7 @@ def evaluate(
             rule,
             temporary if page is not None and pictures is None else pictures,
             _frame_numbers(frames),
-            progress=Console(stderr=True).is_terminal,
+            progress=True,
             allow_missing=allow_missing,
         )
         if page is not None:

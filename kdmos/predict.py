@@ -13,10 +13,9 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 import typer
-from rich.progress import Progress
 
 from kdmos.checkpoint import write_atomic
-from kdmos.command import listed, run
+from kdmos.command import Bar, listed, run
 from kdmos.data.bags import BagScans
 from kdmos.data.labels import to_raw
 from kdmos.data.poses import poses_from_file
@@ -107,18 +106,17 @@ def predict_data(
     claim(output, manifest)
     done, lost = 0, []
     total = sum(len(sequence.frames) for sequence in sequences)
-    with Progress(disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("predict", total=total)
+    with Bar("predict", total) as bar:
         for sequence in sequences:
             warn_of_incomplete(sequence, model.settings)
             there = frozenset(f for f in sequence.frames if _complete(output, sequence, f, scores))
             if len(there) == len(sequence.frames):  # no need to look at it
                 done += len(there)
-                progress.advance(task, len(there))
+                bar.advance(len(there))
                 continue
             non_finite = outside = points = 0
             for frame, result in predict_sequence(model, sequence, device, there, profile):
-                progress.advance(task)
+                bar.advance()
                 if isinstance(result, InputError):
                     lost.append(f"{sequence.scan(frame)}: {result}")
                     continue
@@ -218,9 +216,8 @@ def own_poses(source: ScanSource, data: Path, output: Path, profile: SensorProfi
     path, poses = poses_path(output, source.name), saved_poses(output, data, source)
     if poses is None:
         print(f"{source.name}: poses from the scans themselves, by odometry (KISS-ICP); kept in {path}")
-        with Progress(disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task("odometry", total=len(source.frames))
-            poses = odometry_poses(source, profile, lambda: progress.advance(task))
+        with Bar("odometry", len(source.frames)) as bar:
+            poses = odometry_poses(source, profile, bar.advance)
         write_poses(path, poses)
     return WithPoses(source, poses)
 

@@ -7,7 +7,6 @@ import io
 import json
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -16,11 +15,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kdmos.checkpoint import write_atomic
-from kdmos.command import run
+from kdmos.command import Bar, run
 from kdmos.data.semantic_kitti import POINT_BYTES, read_labels
 from kdmos.data.synthetic.lidar import SensorSettings, load_sensor
 from kdmos.data.synthetic.sequence import SyntheticSequence, Track
@@ -66,7 +63,7 @@ def synthesize(output: Path, settings: SynthSettings, workers: int | None = None
         output: Data root; gets sequences/NN/ with velodyne/, labels/, poses.txt, calib.txt, times.txt and tracks.csv.
         settings: What to make.
         workers: Processes; None: one a core.
-        progress: Show a bar on stderr.
+        progress: Say on stderr how far it is.
     Returns: the number of scans made now.
     Raises: InputError if `output` holds another data set or cannot be written.
     """
@@ -76,11 +73,9 @@ def synthesize(output: Path, settings: SynthSettings, workers: int | None = None
         missing = [frame for frame in range(settings.scans) if not _complete(_folder(output, number), frame)]
         tasks += [(output, settings, number, missing[i : i + CHUNK]) for i in range(0, len(missing), CHUNK)]
     total = sum(len(frames) for *_, frames in tasks)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        task = bar.add_task("scans", total=total)
+    with Bar("synth", total, progress) as bar:
         for done in _each(_make_scans, tasks, workers or os.cpu_count() or 1):
-            bar.advance(task, done)
+            bar.advance(done)
     for number in range(settings.sequences):
         if not all((_folder(output, number) / name).exists() for name in FINISHED):
             _finish(output, settings, number)
@@ -180,7 +175,7 @@ def synth(
     that moves, scan by scan.
     """
     settings = SynthSettings(load_sensor(sensor), seed, sequences, scans, compensate, drift)
-    made = synthesize(output, settings, workers, progress=sys.stderr.isatty())
+    made = synthesize(output, settings, workers, progress=True)
     print(f"{output}: {sequences} sequences of {scans} scans, {made} of them made now")
 
 

@@ -9,21 +9,17 @@ import hashlib
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kdmos.command import run
+from kdmos.command import Bar, run
 from kdmos.data.semantic_kitti import Sequence
 from kdmos.data.teacher_logits import REMEDY, TeacherLogits
 from kdmos.errors import InputError
@@ -209,31 +205,6 @@ def _process() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-class _Estimate:
-    """Says once how long the rest takes, from scans after the first, which pays for what is set up once."""
-
-    SCANS = 3
-
-    def __init__(self, total: int, console: Console) -> None:
-        self.total, self.console, self.done, self.start = total, console, 0, 0.0
-
-    def advance(self) -> None:
-        self.done += 1
-        if self.done == 1:
-            self.start = time.perf_counter()
-        if self.done == 1 + self.SCANS < self.total:
-            seconds = (time.perf_counter() - self.start) / self.SCANS
-            rest = timedelta(seconds=round(seconds * (self.total - self.done)))
-            self.console.print(f"{seconds:.3g} s a scan: about {rest} for the other {self.total - self.done}")
-
-
-def _progress() -> Progress:
-    # Only what is done counts, not what was there already: the time left is that of the work left.
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-
-
 def teach(
     source: Annotated[Path, typer.Argument(help="SemanticKITTI data root, or one sequence folder with velodyne/.")],
     checkpoint: Annotated[
@@ -302,10 +273,9 @@ def teach(
     mine = share_of(found, process, processes)
     total, folder = sum(len(frames) for _, frames in mine), output / store.teacher
     faults: list[tuple[Sequence, int, str]] = []
-    with _progress() as progress:
-        task = progress.add_task("check", total=total)
+    with Bar("check", total) as bar:
         for sequence, frame, fault in check_scans(store, mine, settings, None if model is None else model.settings):
-            progress.advance(task)
+            bar.advance()
             if fault is not None:
                 faults.append((sequence, frame, fault))
     if verify:
@@ -320,15 +290,8 @@ def teach(
     if len(model.classes) == 2:
         warnings.warn("a teacher of two classes: of the losses, kd and ofa can learn from it", stacklevel=2)
     wanted = [(sequence, frozenset(frame for s, frame, _ in faults if s is sequence)) for sequence in found]
-    with _progress() as progress:
-        task = progress.add_task("teach", total=len(faults))
-        estimate = _Estimate(len(faults), progress.console)
-
-        def advance() -> None:
-            progress.advance(task)
-            estimate.advance()
-
-        computed, lost = teach_data(model, store, settings, wanted, where, advance)
+    with Bar("teach", len(faults)) as bar:  # what was there already does not count: the time left is that of the rest
+        computed, lost = teach_data(model, store, settings, wanted, where, bar.advance)
     print(
         f"{computed} scans computed, {total - len(faults)} were there, in {folder} ({', '.join(model.classes)}; "
         f"{model.settings.reads}, look-ahead {model.settings.lookahead} scans)"

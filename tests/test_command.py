@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ import typer
 
 import kdmos
 from kdmos.__main__ import COMMANDS, main
-from kdmos.command import fail, run
+from kdmos.command import Bar, fail, run
 from kdmos.errors import InputError
 
 
@@ -184,3 +185,28 @@ def test_fail_prints_one_line(capsys):
     assert exit_code(fail, "thing", "a\n  b") == 2
     assert one_line(capsys) == "kdmos thing: a b"
     assert exit_code(fail, "thing", "a", 5) == 5
+
+
+def test_a_bar_says_in_lines_how_far_it_is(monkeypatch, capsys):
+    """Where no terminal draws it: once half a minute has passed, and not at the end."""
+    now = iter([0.0, 10.0, 31.0, 40.0, 62.0, 100.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with Bar("predict", 5) as bar:
+        for _ in range(2):
+            bar.advance()
+        bar.advance(0)
+        bar.what = "odometry"
+        bar.advance()
+        bar.advance(2)
+    said = capsys.readouterr()
+    assert said.err == "predict: 2 of 5, about 0:00:46 left\nodometry: 3 of 5, about 0:00:41 left\n"
+    assert said.out == ""
+
+
+def test_a_bar_of_nothing_or_for_nobody_is_silent(monkeypatch, capsys):
+    monkeypatch.setattr(Bar, "SECONDS", 0.0)
+    with Bar("predict", 0) as bar:
+        bar.advance(0)
+    with Bar("predict", 3, show=False) as bar:
+        bar.advance()
+    assert capsys.readouterr() == ("", "")

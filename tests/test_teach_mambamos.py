@@ -320,20 +320,6 @@ def test_more_processes_than_scans(data, checkpoint, tmp_path, written, as_proce
     assert "0 scans computed, 0 were there" in capsys.readouterr().out
 
 
-def test_the_time_of_the_rest_is_said_once(capsys):
-    from rich.console import Console
-
-    estimate = teach._Estimate(10, Console(stderr=True, width=200))
-    for _ in range(10):
-        estimate.advance()
-    assert len(re.findall(r"s a scan: about .* for the other 6", capsys.readouterr().err)) == 1
-    for total in range(5):  # too few: they are done before it is known
-        estimate = teach._Estimate(total, Console(stderr=True))
-        for _ in range(total):
-            estimate.advance()
-    assert capsys.readouterr().err == ""
-
-
 # --- what is refused, what is listed
 
 
