@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,9 @@ STAMPS = {r"[1-9][0-9]{8,9}\.[0-9]+": 1.0, "[1-9][0-9]{12}": 1e-3, "[1-9][0-9]{1
 class FileScans(ScanSource):
     """Scans in files of one kind.
 
-    name: The folder's. files: One a frame, in natural order (scan2 before scan10). frames: Their numbers where all
-    names are numbers, else positions from 0. remission_scale: What brings the remission of .bin files to 0..1; it is
-    only used to tell whether they have four columns.
+    name: The folder's. files: One a frame, in the order of time where all names are times, else in natural order
+    (scan2 before scan10). frames: Their numbers where all names are numbers, else positions from 0. remission_scale:
+    What brings the remission of .bin files to 0..1; it is only used to tell whether they have four columns.
     """
 
     name: str
@@ -59,10 +59,7 @@ class FileScans(ScanSource):
 
     def stamps(self) -> np.ndarray | None:
         """Seconds, where all file names are times since 1970, as datasets with stamped poses have them."""
-        for pattern, unit in STAMPS.items():
-            if all(re.fullmatch(pattern, path.stem) for path in self.files):
-                return np.array([float(path.stem) * unit for path in self.files])
-        return None
+        return _times(self.files)
 
     @cached_property
     def _poses_path(self) -> Path | None:
@@ -91,16 +88,27 @@ def find_files(folder: Path, remission_scale: float = 1.0) -> FileScans | None:
     """
     # Names with a leading dot are the leftovers of copying tools ("._scan.bin"), never scans.
     found = [path for path in folder.iterdir() if path.suffix.lower() in KINDS and path.name[0] != "."]
-    files = tuple(sorted(found, key=_natural))
+    files = sorted(found, key=_natural)
     kinds = sorted({path.suffix.lower() for path in files})
     if not files:
         return None
     if len(kinds) > 1:
         raise InputError(f"{folder}: holds {' and '.join(kinds)} files; put the scans of one kind into a folder alone")
+    times = _times(files)
+    if times is not None:
+        files = [files[i] for i in times.argsort(kind="stable")]  # .25 is before .5, though 25 is after 5
     numbers = [int(path.stem) if re.fullmatch("[0-9]{1,18}", path.stem) else MAX_FRAME for path in files]
     are_frames = max(numbers) < MAX_FRAME and len(set(numbers)) == len(numbers)
     frames = tuple(numbers) if are_frames else tuple(range(len(files)))
-    return FileScans(folder.name, folder, files, frames, remission_scale=remission_scale)
+    return FileScans(folder.name, folder, tuple(files), frames, remission_scale=remission_scale)
+
+
+def _times(files: Sequence[Path]) -> np.ndarray | None:
+    """Seconds since 1970 that the names of the files say, float64 [n]; None where not all of them do."""
+    for pattern, unit in STAMPS.items():
+        if all(re.fullmatch(pattern, path.stem) for path in files):
+            return np.array([float(path.stem) * unit for path in files])
+    return None
 
 
 def _natural(path: Path) -> tuple:

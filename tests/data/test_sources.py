@@ -109,6 +109,13 @@ def test_names_that_are_times_are_stamps_and_no_frame_numbers(tmp_path, names, s
     np.testing.assert_allclose(source.stamps(), stamps, rtol=0, atol=1e-6)  # float64 holds 2e-7 s of such numbers
 
 
+def test_times_of_any_number_of_digits_are_in_their_order(tmp_path):
+    names = [f"1691936550.{fraction}" for fraction in ("05", "1", "25", "5")]
+    source = only(write_folder(tmp_path / "drive", names=names))
+    check_scans(source)
+    np.testing.assert_allclose(source.stamps() - 1691936550, [0.05, 0.1, 0.25, 0.5], rtol=0, atol=1e-6)  # as above
+
+
 def test_velodyne_itself_is_its_sequence(tmp_path):
     write_folder(tmp_path / "08" / "velodyne", ".bin")
     for path in (tmp_path / "08", tmp_path / "08" / "velodyne"):
