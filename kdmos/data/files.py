@@ -133,26 +133,30 @@ def points_of_fields(fields: Mapping[str, np.ndarray], where: object) -> np.ndar
             others are left out.
         where: The scan, for messages.
     Returns: float32 [n, 4] = x, y, z, remission as stored; 0 where there is none.
-    Raises: InputError if x, y or z is missing or not a float.
+    Raises: InputError if x, y or z is missing or not a float, or one of the four is not one number a point.
     """
     known = {name.lower().removeprefix("scalar_"): column for name, column in fields.items()}  # as CloudCompare writes
-    for name in "xyz":
-        if name not in known or known[name].dtype.kind != "f":
-            there = ", ".join(f"{name} ({column.dtype})" for name, column in fields.items()) or "none"
-            raise InputError(f"{where}: expected float fields x, y and z; the fields are {there}")
-    remission = next((known[name] for name in REMISSION if name in known), None)
+    names = [*"xyz", *(name for name in REMISSION if name in known)][:4]
+    for name, kinds in zip(names, ("f", "f", "f", "fiu")):
+        if name not in known or known[name].ndim != 1 or known[name].dtype.kind not in kinds:
+            wanted = "float fields x, y and z" if name in "xyz" else f"one number a point in {name}"
+            there = [f"{name} ({column.dtype}{list(column.shape[1:]) or ''})" for name, column in fields.items()]
+            raise InputError(f"{where}: expected {wanted}; the fields are {', '.join(there) or 'none'}")
     points = np.zeros((len(known["x"]), 4), np.float32)
     with np.errstate(over="ignore"):  # a value beyond float32 is not finite
-        for i, name in enumerate("xyz"):
+        for i, name in enumerate(names):
             points[:, i] = known[name]
-        if remission is not None:
-            points[:, 3] = remission
     return points
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    array = _read(path, "NumPy", lambda: np.load(path, allow_pickle=False))
+    def read() -> np.ndarray:
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file)  # np.load would also take archives, and what is pickled
+
+    array = _read(path, "NumPy", read)
     if array.dtype.names:
+        array = array.reshape(-1)  # organised ones row by row
         return points_of_fields({name: array[name] for name in array.dtype.names}, path)
     if array.ndim != 2 or array.shape[1] not in (3, 4) or array.dtype.kind not in "fiu":
         raise InputError(

@@ -173,6 +173,19 @@ def test_fields_by_name_in_any_order_and_type(tmp_path):
         np.testing.assert_array_equal(only(folder).read_points(0), points)
 
 
+def test_organised_arrays_come_row_by_row(tmp_path):
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    table = np.zeros((6, 10), [("x", "f4"), ("y", "f4"), ("z", "f4"), ("intensity", "f4")])
+    for i, name in enumerate(table.dtype.names):
+        table[name] = SCAN_POINTS[0][:, i].reshape(6, 10)
+    np.save(folder / "a.npy", table)
+    np.save(folder / "b.npy", table[0, 0])
+    source = only(folder)
+    np.testing.assert_array_equal(source.read_points(0), SCAN_POINTS[0])
+    np.testing.assert_array_equal(source.read_points(1), SCAN_POINTS[0][:1])
+
+
 def test_remission_may_be_missing(tmp_path):
     points = SCAN_POINTS[0]
     folder = tmp_path / "drive"
@@ -202,6 +215,17 @@ def write_bad(path, what):
         np.save(path, np.c_[points, points[:, 0]])
     elif what == "objects":
         np.save(path, np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    elif what == "archive":
+        with open(path, "wb") as file:
+            np.savez(file, points)
+    elif what == "x of three":
+        np.save(path, np.zeros(5, [("x", "f4", 3), ("y", "f4"), ("z", "f4")]))
+    elif what == "remission of two":
+        np.save(path, np.zeros(5, [("x", "f4"), ("y", "f4"), ("z", "f4"), ("intensity", "f4", 2)]))
+    elif what == "remission in a list":
+        table = np.zeros(5, [("x", "f4"), ("y", "f4"), ("z", "f4"), ("intensity", object)])
+        table["intensity"] = [[1.0]] * 5
+        PlyData([PlyElement.describe(table, "vertex", val_types={"intensity": "f4"})]).write(str(path))
     elif what == "text":
         np.save(path, np.array([["a", "b", "c"]]))
     elif what == "empty":
@@ -226,6 +250,10 @@ def write_bad(path, what):
         (".npy", "five columns", r"expected an array \[n, 4\].*got \[60, 5\] of float32"),
         (".npy", "objects", "not a whole NumPy file.*pickle"),
         (".npy", "text", r"expected an array \[n, 4\]"),
+        (".npy", "archive", "not a whole NumPy file"),
+        (".npy", "x of three", r"expected float fields x, y and z; the fields are x \(float32\[3\]\), y \(float32\)"),
+        (".npy", "remission of two", r"one number a point in intensity; .* intensity \(float32\[2\]\)"),
+        (".ply", "remission in a list", r"one number a point in intensity; .* intensity \(object\)"),
         (".npy", "empty", "the scan is empty"),
         (".npy", "nothing finite", "none of the 5 points is finite"),
         (".npy", "cut", "not a whole NumPy file"),
