@@ -24,7 +24,7 @@ from rich.progress import Progress
 from kdmos import picture
 from kdmos.checkpoint import write_atomic
 from kdmos.command import listed, run
-from kdmos.data.source import ScanSource
+from kdmos.data.source import ScanSource, WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
 from kdmos.inference import Model, choose_device, prepared
@@ -113,12 +113,12 @@ def shown_scans(
         motion: Compute these motion channels; needs poses.
         device: Where the model is.
     """
-    source, wanted = drive.source, frozenset(drive.frames)
+    source, wanted = _ReadOnce(drive.source, drive.poses), frozenset(drive.frames)
     predicted = iter(())
     if model is not None:
         answers = predict_sequence(model, source, device, frozenset(source.frames) - wanted)
         predicted = (answer for frame, answer in answers if frame in wanted)
-    residuals = iter(()) if motion is None else _residuals(drive, motion)
+    residuals = iter(()) if motion is None else _residuals(source, wanted, motion)
     for frame in drive.frames:
         # all are advanced, whatever becomes of this frame
         answer, residual = next(predicted, None), next(residuals, None)
@@ -136,14 +136,40 @@ def shown_scans(
             yield error
         else:
             yield Shown(frame, source.frames.index(frame), points, truth, moving, residual)
+        source.forget(frame)
 
 
-def _residuals(drive: Drive, motion: MotionSettings) -> Iterator[np.ndarray]:
-    """Motion channels of the frames of a drive; a scan that cannot be read counts as empty."""
-    source, wanted = drive.source, frozenset(drive.frames)
+class _ReadOnce(WithPoses):
+    """A source that keeps what it has read until it is forgotten.
+
+    The prediction, the channels and the picture ask for the same scans, some ahead of the others; a bag, which is read
+    forward, would begin anew each time.
+    """
+
+    def __init__(self, source: ScanSource, poses: np.ndarray | None) -> None:
+        super().__init__(source, poses)
+        self._kept: dict[int, np.ndarray | InputError] = {}
+
+    def read_points(self, frame: int) -> np.ndarray:
+        if frame not in self._kept:
+            try:
+                self._kept[frame] = self.source.read_points(frame)
+            except InputError as error:
+                self._kept[frame] = error
+        if isinstance(self._kept[frame], InputError):
+            raise self._kept[frame]
+        return self._kept[frame]
+
+    def forget(self, last: int) -> None:
+        """All scans up to this one."""
+        self._kept = {frame: kept for frame, kept in self._kept.items() if frame > last}
+
+
+def _residuals(source: ScanSource, wanted: frozenset[int], motion: MotionSettings) -> Iterator[np.ndarray]:
+    """Motion channels of some frames of a source with poses; a scan that cannot be read counts as empty."""
     # The channels of a scan depend on `history` scans before it and `lookahead` after it, on no others.
-    start = max(0, source.frames.index(drive.frames[0]) - motion.history)
-    stop = source.frames.index(drive.frames[-1]) + motion.lookahead + 1
+    start = max(0, source.frames.index(min(wanted)) - motion.history)
+    stop = source.frames.index(max(wanted)) + motion.lookahead + 1
     frames = source.frames[start:stop]
 
     def scans() -> Iterator[torch.Tensor]:
@@ -153,7 +179,7 @@ def _residuals(drive: Drive, motion: MotionSettings) -> Iterator[np.ndarray]:
             except InputError:  # it is listed where it is shown
                 yield torch.zeros(0, 4)
 
-    for frame, channels in zip(frames, sequence_channels(scans(), drive.poses[start:stop], motion)):
+    for frame, channels in zip(frames, sequence_channels(scans(), source.poses()[start:stop], motion)):
         if frame in wanted:
             yield channels.numpy()
 
@@ -454,6 +480,11 @@ def view(
         known.add("poses")
     if map is not None and ("poses" not in known or not known & {"labels", "predictions"}):
         raise InputError(f"--map {map}: needs poses, and predictions or labels to say what moves")
+    if checkpoint is not None and "poses" not in known:
+        raise InputError(
+            f"--checkpoint {checkpoint}: needs poses, which are not known for all sequences; kdmos predict finds them, "
+            "and what it writes is shown as PREDICTIONS"
+        )
     flat = _panel_names(listed(panels, "--panels"), known) if pictures or film else ()
     in_3d = tuple(name for name in NEEDS if name != "scan" and known.issuperset(NEEDS[name]))
     in_3d = in_3d if save or in_viewer else ()

@@ -2,13 +2,16 @@
 
 import shutil
 import sys
+import weakref
 
 import numpy as np
 import pytest
 
 from kdmos import picture, predict, view
 from kdmos.data.semantic_kitti import find_sequences
+from kdmos.data.source import WithPoses
 from kdmos.errors import InputError
+from kdmos.models import load_model
 from kdmos.motion import motion_channels
 from kdmos.predictions import MOVING, UNLABELED
 from kdmos.settings import MotionSettings
@@ -111,6 +114,36 @@ def test_channels_of_some_frames_are_those_of_the_whole_sequence(data, motion):
         for k in range(8):
             marked = sum(marks.mask.astype(int) for marks in panels[f"channel_{k}"].marks)
             np.testing.assert_array_equal(marked, whole[shown.index][:, k] != 0)
+
+
+class Noting(WithPoses):
+    """Notes the frames that are read, and whether their points are still held by anyone."""
+
+    def __init__(self, source):
+        super().__init__(source, source.poses())
+        self.read, self.held = [], []
+
+    def read_points(self, frame):
+        points = super().read_points(frame)
+        self.read.append(frame)
+        self.held.append(weakref.ref(points))
+        return points
+
+
+def test_each_scan_is_read_once_and_forward(data):
+    (data / "velodyne" / "000005.bin").write_bytes(b"short")
+    source = Noting(find_sequences(data)[0])
+    drive = view.Drive(source, source.frames[2:9], source.poses())
+    asked = {"model": load_model("rule"), "motion": MotionSettings()}
+    found = [getattr(shown, "frame", None) for shown in view.shown_scans(drive, labels=True, **asked)]
+    assert found == [2, 3, 4, None, 6, 7, 8]
+    assert source.read == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+
+
+def test_what_was_shown_is_forgotten(data):
+    source = Noting(find_sequences(data)[0])
+    for shown in view.shown_scans(view.Drive(source, source.frames, source.poses()), labels=True):
+        assert [held() is not None for held in source.held] == [False] * shown.index + [True]
 
 
 def test_a_picture_of_the_channels(data, tmp_path):
@@ -321,6 +354,8 @@ def test_what_needs_poses_or_predictions_says_so(data, predictions, tmp_path, ca
     assert "--panels residual: needs poses" in capsys.readouterr().err
     assert run(data, "--map", tmp_path / "a.png") == 2
     assert "needs poses" in capsys.readouterr().err
+    assert run(data, "--checkpoint", "rule", "--pictures", tmp_path / "a") == 2
+    assert "--checkpoint rule: needs poses" in capsys.readouterr().err
     shutil.rmtree(predictions / "sequences" / "00")
     assert run(data, predictions, "--pictures", tmp_path / "a") == 2
     assert "no .label file, so no prediction of sequence 00; kdmos predict writes them" in capsys.readouterr().err
