@@ -24,7 +24,6 @@ from kdmos.errors import InputError
 from kdmos.predictions import MOVING, predicted_moving, predicted_sources, true_classes
 
 MANIFEST = "clean.json"  # beside the cleaned sequences: what they were made from
-COPIED = ("poses.txt", "calib.txt", "times.txt")
 MAPS = (".ply", ".pcd", ".npy")
 FIELDS = ("x", "y", "z", "intensity")  # of a map; what the tools that read such files call remission
 VOXEL = 0.1  # metres
@@ -120,7 +119,8 @@ def _complete(scan: Path, label: Path | None) -> bool:
 def _write_poses(source: ScanSource, folder: Path) -> None:
     """Poses, calibration and times: a sequence's own files, else such files of what the source says."""
     if isinstance(source, Sequence):
-        files = {name: source.folder / name for name in COPIED}
+        files = {name: source.folder / name for name in ("calib.txt", "times.txt")}
+        files["poses.txt"] = source.poses_path  # which may lie elsewhere
         content = {name: file.read_bytes() for name, file in files.items() if file.exists()}
     else:
         content = {}

@@ -107,6 +107,16 @@ def test_by_the_moving_probability(data, predictions, output, threshold, first, 
         np.testing.assert_array_equal(cleaned(output), np.arange(first, POINTS))
 
 
+def test_poses_beside_the_sequences_are_copied_too(tmp_path, predictions, output):
+    """As KITTI odometry has them."""
+    data = write(tmp_path / "kitti" / "sequences" / "00")
+    (tmp_path / "kitti" / "poses").mkdir()
+    poses = (data / "poses.txt").rename(tmp_path / "kitti" / "poses" / "00.txt")
+    assert run(tmp_path / "kitti", predictions, "--output", output) == 0
+    assert (output / "sequences" / "00" / "poses.txt").read_bytes() == poses.read_bytes()
+    np.testing.assert_array_equal(find_sequences(output)[0].poses(), find_sequences(tmp_path / "kitti")[0].poses())
+
+
 def test_without_labels_poses_and_times(data, predictions, output):
     shutil.rmtree(data / "labels")
     for name in ("poses.txt", "calib.txt", "times.txt"):
