@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -314,12 +315,14 @@ def clean(
         raise InputError("--threshold is of predictions; --truth has none")
     names = listed(sequences, "--sequences")
     if truth:
-        found = open_sources(source, names)
+        found = open_sources(source, names, topic)
+        for one in found:
+            if not one.has_labels:
+                raise InputError(
+                    f"--truth: sequence {one.name} has no labels; name others with --sequences, or predict it"
+                )
     else:
         found = predicted_sources(source, names, predictions, topic, scores=threshold is not None)
-    for one in found if truth else ():
-        if not one.has_labels:
-            raise InputError(f"--truth: sequence {one.name} has no labels; name others with --sequences, or predict it")
     if map is not None:
         return _map(found, source, predictions, map, voxel or VOXEL, max_range, threshold)
     if max_range is not None or voxel is not None:
@@ -350,8 +353,9 @@ def _map(
 ) -> int:
     if file.suffix not in MAPS:
         raise InputError(f"--map {file}: expected a name that ends in {', '.join(MAPS)}")
-    if max_range is not None and not max_range > 0:
-        raise InputError(f"--range {max_range}: expected metres, more than 0")
+    for option, metres in (("--range", max_range), ("--voxel", voxel)):
+        if metres is not None and not 0 < metres < math.inf:
+            raise InputError(f"{option} {metres}: expected metres, more than 0")
     if len(found) > 1:
         names = ", ".join(one.name for one in found)
         raise InputError(f"--map is of one sequence; name it with --sequences, one of {names}")

@@ -6,6 +6,7 @@ In order: what is known of a scan, what is drawn of it, the rerun viewer, the fi
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import sys
@@ -459,7 +460,7 @@ def view(
             raise InputError(f"{option} {file}: expected a name that ends in {suffix}")
     if panels is not None and not (pictures or film):
         raise InputError("--panels says what --pictures and --film show, so it needs one of them")
-    if not extent > 0:
+    if not 0 < extent < math.inf:
         raise InputError(f"--extent {extent}: expected metres, more than 0")
     if pictures or film or map:
         need_matplotlib("view")

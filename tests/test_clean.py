@@ -391,6 +391,8 @@ def test_an_empty_map_is_a_file_all_the_same():
         (["OUT", "--output", "a", "--range", "20"], "--voxel and --range are of a --map"),
         (["OUT", "--map", "a.las"], "expected a name that ends in .ply, .pcd, .npy"),
         (["OUT", "--map", "a.ply", "--range", "0"], "--range 0.0: expected metres, more than 0"),
+        (["OUT", "--map", "a.ply", "--voxel", "inf"], "--voxel inf: expected metres, more than 0"),
+        (["--truth", "--topic", "/a", "--output", "a"], "--topic /a: "),
         (["nowhere", "--output", "a"], "nowhere: no such folder; kdmos predict writes it"),
         (["OUT", "--output", "a", "--sequences", "07"], "no sequence 07; found 00"),
     ],

@@ -334,6 +334,7 @@ def test_moving_iou_of_a_scan():
         (["--film", "a.gif", "--panels", "errors"], "--panels errors: needs predictions"),
         (["--map", "a.png", "--panels", "truth"], "needs one of them"),
         (["--film", "a.gif", "--extent", "0"], "--extent 0.0: expected metres, more than 0"),
+        (["--film", "a.gif", "--extent", "inf"], "--extent inf: expected metres, more than 0"),
         (["--film", "a.gif", "--sequences", "01"], "no sequence 01; found 00"),
         (["nowhere", "--film", "a.gif"], "nowhere: no such folder; kdmos predict writes it"),
         (["OUT", "--film", "a.gif", "--checkpoint", "rule"], "exclude each other"),
