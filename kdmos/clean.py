@@ -17,7 +17,7 @@ import typer
 from rich.progress import Progress
 
 from kdmos.checkpoint import write_atomic
-from kdmos.command import listed, run
+from kdmos.command import Predictions, Sequences, Source, Topic, listed, run
 from kdmos.data.semantic_kitti import POINT_BYTES, Sequence, read_manifest
 from kdmos.data.source import ScanSource
 from kdmos.data.sources import open_sources
@@ -275,15 +275,8 @@ def _need_writer(suffix: str) -> None:
 
 
 def clean(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of .bin, .npy, .pcd or .ply scans; ROS bag or MCAP file; SemanticKITTI data root or sequence."
-        ),
-    ],
-    predictions: Annotated[
-        Path | None, typer.Argument(help="What kdmos predict wrote: sequences/NN/predictions/NNNNNN.label below it.")
-    ] = None,
+    source: Source,
+    predictions: Predictions = None,
     output: Annotated[Path | None, typer.Option(help="Data root for the cleaned sequences.")] = None,
     map: Annotated[Path | None, typer.Option(help="Write one map instead: .ply, .pcd or .npy.")] = None,
     truth: Annotated[bool, typer.Option("--truth", help="By the labels of the source, not by predictions.")] = False,
@@ -291,8 +284,8 @@ def clean(
         float | None,
         typer.Option(min=0.001, max=1, help="Remove from this moving probability on (kdmos predict --scores)."),
     ] = None,
-    sequences: Annotated[str | None, typer.Option(help="Names, e.g. 08,09; all by default.")] = None,
-    topic: Annotated[str | None, typer.Option(help="Of a bag: its PointCloud2 topic, if it has several.")] = None,
+    sequences: Sequences = None,
+    topic: Topic = None,
     voxel: Annotated[
         float | None,
         typer.Option(min=0.001, help="Of a map: each cube of this side keeps one point, metres; 0.1 by default."),

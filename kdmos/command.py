@@ -10,6 +10,8 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +20,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kdmos.errors import InputError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+# What several commands take.
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of .bin, .npy, .pcd or .ply scans; ROS bag or MCAP file; SemanticKITTI data root or sequence."
+    ),
+]
+Predictions = Annotated[
+    Path | None, typer.Argument(help="What kdmos predict wrote: sequences/NN/predictions/NNNNNN.label below it.")
+]
+Sequences = Annotated[str | None, typer.Option(help="Names, e.g. 08,09; all by default.")]
+Topic = Annotated[str | None, typer.Option(help="Of a bag: its PointCloud2 topic, if it has several.")]
 
 
 def run(command: Callable, name: str, argv: list[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from kdmos import picture
 from kdmos.checkpoint import write_atomic
-from kdmos.command import listed, run
+from kdmos.command import Predictions, Sequences, Source, Topic, listed, run
 from kdmos.data.source import ScanSource, WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
@@ -411,20 +411,13 @@ class Film:
 
 
 def view(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of .bin, .npy, .pcd or .ply scans; ROS bag or MCAP file; SemanticKITTI data root or sequence."
-        ),
-    ],
-    predictions: Annotated[
-        Path | None, typer.Argument(help="What kdmos predict wrote: sequences/NN/predictions/NNNNNN.label below it.")
-    ] = None,
+    source: Source,
+    predictions: Predictions = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Predict on the way instead: a model, as for kdmos predict.")
     ] = None,
-    sequences: Annotated[str | None, typer.Option(help="Names, e.g. 08,09; all by default.")] = None,
-    topic: Annotated[str | None, typer.Option(help="Of a bag: its PointCloud2 topic, if it has several.")] = None,
+    sequences: Sequences = None,
+    topic: Topic = None,
     frames: Annotated[
         str | None, typer.Option(help="A:B, from frame number A to before B; A: and :B are open; A is one frame.")
     ] = None,
