@@ -228,7 +228,7 @@ def read_calibration(path: str | Path) -> np.ndarray:
 def read_text(path: str | Path, what: str) -> str:
     """Content of a text file, a wrong character replaced. Raises: InputError naming it (`what`: "poses", ...)."""
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        return Path(path).read_text(encoding="utf-8-sig", errors="replace")  # Windows may begin it with a mark
     except OSError as error:
         raise unreadable(path, what, error) from None
 

@@ -62,6 +62,13 @@ def test_poses_of_a_camera_without_its_calibration_are_said(tmp_path, recwarn):
         poses_from_file(source(), tmp_path / "camera.txt")
 
 
+def test_a_mark_at_the_start_is_no_number(tmp_path):
+    path = tmp_path / "poses.txt"
+    for row in (*kitti(pose(3)), "0 3 0 0 0 0 0 1"):
+        path.write_text(row, encoding="utf-8-sig")
+        np.testing.assert_array_equal(read_pose_file(path).poses, [pose(3)])
+
+
 def test_rows_belong_to_scans_in_order_or_by_number(tmp_path):
     path = write(tmp_path / "poses.txt", *kitti(*[pose(i) for i in range(5)]))
 
