@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from kdmos.checkpoint import write_atomic
 from kdmos.command import Predictions, Sequences, Source, Topic, listed, run
+from kdmos.data.poses import pose_rows
 from kdmos.data.semantic_kitti import POINT_BYTES, Sequence, read_manifest
 from kdmos.data.source import ScanSource
 from kdmos.data.sources import open_sources
@@ -128,8 +129,7 @@ def _write_poses(source: ScanSource, folder: Path) -> None:
         # row i is that of frame number i: frames that are missing get the row before theirs, which nothing reads
         row_of = np.searchsorted(source.frames, np.arange(source.frames[-1] + 1), side="right").clip(1) - 1
         if source.has_poses:
-            rows = (" ".join(f"{value:.12g}" for value in pose[:3].ravel()) for pose in source.poses()[row_of])
-            content["poses.txt"] = "".join(f"{row}\n" for row in rows).encode()
+            content["poses.txt"] = pose_rows(source.poses()[row_of]).encode()
             content["calib.txt"] = b"Tr: 1 0 0 0 0 1 0 0 0 0 1 0\n"
         stamps = source.stamps()
         if stamps is not None:

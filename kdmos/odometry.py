@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kdmos.checkpoint import write_atomic
-from kdmos.data.poses import between, read_pose_file
+from kdmos.data.poses import between, pose_rows, read_pose_file
 from kdmos.data.profile import SensorProfile
 from kdmos.data.semantic_kitti import read_manifest
 from kdmos.data.source import ScanSource
@@ -129,9 +129,8 @@ def poses_path(predictions: str | Path, name: str) -> Path:
 
 
 def write_poses(path: Path, poses: np.ndarray) -> None:
-    """Write LiDAR poses [S, 4, 4] in KITTI's format, to the last digit: what is read back is what was written."""
-    rows = (" ".join(f"{value:.17g}" for value in pose[:3].ravel()) for pose in poses)
-    write_atomic(path, "".join(f"{row}\n" for row in rows).encode())
+    """Write LiDAR poses [S, 4, 4] in KITTI's format."""
+    write_atomic(path, pose_rows(poses).encode())
 
 
 def saved_poses(predictions: str | Path, data: str | Path, source: ScanSource) -> np.ndarray | None:

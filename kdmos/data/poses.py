@@ -209,6 +209,11 @@ def read_poses(poses_path: str | Path, calib_path: str | Path) -> np.ndarray:
     return np.linalg.inv(camera_from_lidar) @ np.linalg.inv(poses[0]) @ poses @ camera_from_lidar
 
 
+def pose_rows(poses: np.ndarray) -> str:
+    """Poses [S, 4, 4] in KITTI's format, to the last digit: what is read back is what was written."""
+    return "".join(" ".join(f"{value:.17g}" for value in pose[:3].ravel()) + "\n" for pose in poses)
+
+
 def read_calibration(path: str | Path) -> np.ndarray:
     """The row `Tr:` of a calibration file, camera 0 from LiDAR, float64 [4, 4].
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdmos.data.batch import ScanId
-from kdmos.data.poses import between, poses_from_file, read_pose_file
+from kdmos.data.poses import between, pose_rows, poses_from_file, read_pose_file
 from kdmos.errors import InputError
 
 TURN = np.radians(90)
@@ -67,6 +67,11 @@ def test_a_mark_at_the_start_is_no_number(tmp_path):
     for row in (*kitti(pose(3)), "0 3 0 0 0 0 0 1"):
         path.write_text(row, encoding="utf-8-sig")
         np.testing.assert_array_equal(read_pose_file(path).poses, [pose(3)])
+
+
+def test_what_is_written_is_read_back_to_the_last_bit(tmp_path):
+    poses = [pose(1 / 3, 5e6 + 0.1, -1e-9, yaw(0.1 * i)) for i in range(4)]
+    np.testing.assert_array_equal(read_pose_file(write(tmp_path / "poses.txt", pose_rows(poses))).poses, poses)
 
 
 def test_rows_belong_to_scans_in_order_or_by_number(tmp_path):
