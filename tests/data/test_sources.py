@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from kdmos.data.bags import points_of_message
+from kdmos.data.bags import BagScans, points_of_message
+from kdmos.data.source import WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
 
@@ -101,6 +102,7 @@ def test_order_is_natural_and_numbers_are_frame_numbers(tmp_path, names, frames)
         ([f"169193655{i}946849179" for i in range(4)], [1691936550.946849179 + i for i in range(4)]),
         ([f"169193655{i}.5" for i in range(4)], [1691936550.5 + i for i in range(4)]),
         ([f"169193655{i}500" for i in range(4)], [1691936550.5 + i for i in range(4)]),
+        ([f"169193655{i}500000" for i in range(4)], [1691936550.5 + i for i in range(4)]),
     ],
 )
 def test_names_that_are_times_are_stamps_and_no_frame_numbers(tmp_path, names, stamps):
@@ -114,6 +116,27 @@ def test_times_of_any_number_of_digits_are_in_their_order(tmp_path):
     source = only(write_folder(tmp_path / "drive", names=names))
     check_scans(source)
     np.testing.assert_allclose(source.stamps() - 1691936550, [0.05, 0.1, 0.25, 0.5], rtol=0, atol=1e-6)  # as above
+
+
+def test_poses_in_the_folder_come_before_those_beside_it(tmp_path):
+    folder, rows = write_folder(tmp_path / "drive"), "1 0 0 {} 0 1 0 0 0 0 1 0\n" * SCANS
+    (tmp_path / "poses.txt").write_text(rows.format(*[5] * SCANS))
+    (tmp_path / "calib.txt").write_text("Tr: 1 0 0 0 0 1 0 0 0 0 1 2\n")
+    assert only(folder).has_poses
+    np.testing.assert_array_equal(only(folder).poses()[:, :3, 3], [[5, 0, 2]] * SCANS)
+    (folder / "poses.txt").write_text(rows.format(*range(SCANS)))  # the LiDAR's: no calib.txt lies there
+    np.testing.assert_array_equal(only(folder).poses()[:, :3, 3], [[i, 0, 0] for i in range(SCANS)])
+
+
+def test_poses_from_elsewhere_change_nothing_else(tmp_path):
+    names = [f"169193655{i}.5" for i in range(SCANS)]
+    source = only(write_folder(tmp_path / "drive", ".bin", names))
+    posed = WithPoses(source, np.zeros((SCANS, 4, 4)))
+    check_scans(posed)
+    assert posed.has_poses and not posed.poses().any() and not posed.has_labels
+    assert (posed.name, posed.frames, posed.width) == (source.name, source.frames, source.width)
+    assert posed.where(2) == source.where(2) and posed.num_points(2) == 62
+    np.testing.assert_array_equal(posed.stamps(), source.stamps())
 
 
 def test_velodyne_itself_is_its_sequence(tmp_path):
@@ -184,6 +207,23 @@ def test_organised_arrays_come_row_by_row(tmp_path):
     source = only(folder)
     np.testing.assert_array_equal(source.read_points(0), SCAN_POINTS[0])
     np.testing.assert_array_equal(source.read_points(1), SCAN_POINTS[0][:1])
+
+
+def test_a_pcd_of_one_point(tmp_path):
+    (tmp_path / "drive").mkdir()
+    cloud = PointCloud.from_points(SCAN_POINTS[0][:1], ("x", "y", "z", "intensity"), (np.float32,) * 4)
+    cloud.save(tmp_path / "drive" / "a.pcd", Encoding.ASCII)
+    np.testing.assert_allclose(only(tmp_path / "drive").read_points(0), SCAN_POINTS[0][:1], rtol=1e-6)  # as above
+
+
+def test_values_beyond_float32_are_infinite_without_a_word(tmp_path, recwarn):
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    np.save(folder / "a.npy", [[1e300, 0, 0], [1, 2, 3]])
+    np.save(folder / "b.npy", np.array([(1e300, 0, 0), (1, 2, 3)], [("x", "f8"), ("y", "f8"), ("z", "f8")]))
+    for frame in (0, 1):
+        np.testing.assert_array_equal(only(folder).read_points(frame), [[np.inf, 0, 0, 0], [1, 2, 3, 0]])
+    assert not recwarn.list
 
 
 def test_remission_may_be_missing(tmp_path):
@@ -324,6 +364,23 @@ def test_bags(bag):
     for frame in (3, 0, 2, 2, 1):  # forth and back
         np.testing.assert_array_equal(source.read_points(frame), SCAN_POINTS[frame])
     check_scans(only(bag, topic="/points"))
+
+
+def test_a_bag_begins_again_for_earlier_scans_alone(bag, monkeypatch):
+    source, begun = only(bag), []
+    monkeypatch.setattr(BagScans, "_restart", lambda self, begin=BagScans._restart: (begun.append(0), begin(self)))
+    for frame in (0, 1, 1, 3, 3):
+        source.read_points(frame)
+    assert not begun
+    source.read_points(2)
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_topic_without_a_message(tmp_path, bags, kind):
+    path = bags.write(tmp_path / "drive.bag", [], kind)
+    with pytest.raises(InputError, match=r"drive\.bag: /points holds no message"):
+        open_sources(path)
 
 
 def test_the_file_within_a_ros_2_bag(tmp_path, bags):
