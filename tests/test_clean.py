@@ -307,17 +307,18 @@ def read_map(file):
     return cloud.numpy()
 
 
-def test_maps_far_from_their_origin_are_in_float64(tmp_path):
+@pytest.mark.parametrize("side", [1, -1])
+def test_maps_far_from_their_origin_are_in_float64(tmp_path, side):
     recording = Recording()
     far = Recording.poses(recording)
-    far[:, :2, 3] += [500_000, 5_000_000]  # as UTM
+    far[:, :2, 3] += [side * 500_000, side * 5_000_000]  # as UTM
     recording.poses = lambda: far
     folder = write_recording_predictions(tmp_path / "out", recording)
     for suffix in (".npy", ".ply", ".pcd"):
         assert clean_map(recording, tmp_path / f"a{suffix}", predictions=folder)[0] == 3
         found = read_map(tmp_path / f"a{suffix}")
         assert found.dtype == np.float64
-        np.testing.assert_array_equal(found[:, :2], [[500_102, 5e6], [500_104, 5e6], [500_108, 5e6]])
+        np.testing.assert_array_equal(found[:, :2], side * np.array([500_000, 5e6]) + [[102, 0], [104, 0], [108, 0]])
 
 
 def test_a_map_is_the_same_however_often_it_is_merged(monkeypatch):
@@ -349,10 +350,22 @@ def test_what_a_map_holds_is_bounded_by_its_voxels(monkeypatch):
     assert most <= 125 + 1000 + 100 and len(voxels.points()) == 125
 
 
-def test_a_point_too_far_out_loses_its_scan_alone(data, predictions, tmp_path, capsys):
+def test_a_growing_map_is_sorted_now_and_then(monkeypatch):
+    """Each time it has grown by half: thirteen times over 200 scans, after the first few."""
+    monkeypatch.setattr(clean, "MERGE_EVERY", 1)
+    merges, merge = [], VoxelMap._merge
+    monkeypatch.setattr(VoxelMap, "_merge", lambda self: (merges.append(0), merge(self)))
+    voxels = VoxelMap(1.0, np.zeros(3))
+    for scan in range(200):
+        voxels.add(np.arange(40.0).reshape(10, 4) + np.array([40 * scan, 0, 0, 0]))
+    assert len(merges) < 20 and len(voxels.points()) == 2000
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_point_too_far_out_loses_its_scan_alone(data, predictions, tmp_path, capsys, side):
     file = data / "velodyne" / "000002.bin"
     points = np.fromfile(file, "<f4").reshape(-1, 4)
-    points[7, 0] = 1e7
+    points[7, 0] = side * 1e7
     points[8, 1] = np.nan
     points.tofile(file)
     assert run(data, predictions, "--map", tmp_path / "a.npy") == 1

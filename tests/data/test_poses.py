@@ -57,6 +57,8 @@ def test_poses_of_a_camera_without_its_calibration_are_said(tmp_path, recwarn):
     calib = write(tmp_path / "calib.txt", f"Tr: {kitti(pose(rotation=[[0, -1, 0], [0, 0, -1], [1, 0, 0]]))[0]}")
     poses_from_file(source(), write(tmp_path / "lidar.txt", *kitti(*(pose(i) for i in range(3)))))
     poses_from_file(source(), write(tmp_path / "camera.txt", *kitti(*ahead)), calib)
+    upwards = write(tmp_path / "upwards.txt", f"Tr: {kitti(pose())[0]}")  # who gives a calibration knows
+    poses_from_file(source(), tmp_path / "camera.txt", upwards)
     assert not recwarn.list
     with pytest.warns(UserWarning, match="the motion is along z, as in poses of a camera.*--calib"):
         poses_from_file(source(), tmp_path / "camera.txt")
@@ -115,11 +117,16 @@ def test_up_to_a_scan_outside_the_motion_goes_on(tmp_path):
     np.testing.assert_allclose(found[:, 0, 3], [-1, 0, 1, 2, 3, 4], atol=1e-9)
     with pytest.raises(InputError, match=r"of 10.000 to 10.300 s, but scan a/000006 is of 10.500 s, 0.2 s outside"):
         poses_from_file(source(range(7), 9.9 + 0.1 * np.arange(7)), path)
+    with pytest.raises(InputError, match=r"scan a/000002 is of 10.440 s, 0.14 s outside"):
+        poses_from_file(source(range(3), [10.24, 10.34, 10.44]), path)
     with pytest.raises(InputError, match=r"scan a/000000 is of 0.000 s, 10 s outside; check that both"):
         poses_from_file(source(range(3), [0, 0.1, 0.2]), path)
 
 
-def test_a_gap_in_the_poses_is_said(tmp_path):
+def test_a_gap_in_the_poses_is_said(tmp_path, recwarn):
+    path = write(tmp_path / "tum.txt", "0 0 0 0 0 0 0 1", "0.9 9 0 0 0 0 0 1")  # a pose a second, as of a receiver
+    poses_from_file(source(range(90), np.arange(90) * 0.01), path)
+    assert not recwarn.list
     path = write(tmp_path / "tum.txt", "0 0 0 0 0 0 0 1", "0.1 1 0 0 0 0 0 1", "5 50 0 0 0 0 0 1")
     with pytest.warns(UserWarning, match="has no pose for 4.9 s around"):
         poses_from_file(source(range(30), np.arange(30) * 0.1), path)
@@ -185,6 +192,12 @@ def test_between_goes_the_shorter_way_at_constant_speed():
     angles = np.degrees(np.arctan2(found[:, 1, 0], found[:, 0, 0])) % 360
     np.testing.assert_allclose(angles, [170, 175, 180, 190, 210])
     np.testing.assert_array_equal(found[:, 3], np.tile([0, 0, 0, 1], (5, 1)))
+
+
+def test_between_goes_the_shorter_way_where_the_largest_component_changes():
+    """The quaternions of -80 and -100 degrees, as rotations give them, have opposite signs."""
+    found = between(pose(rotation=yaw(np.radians(-80))), pose(rotation=yaw(np.radians(-100))), 0.5)
+    np.testing.assert_allclose(found, pose(rotation=yaw(np.radians(-90))), atol=1e-15)
 
 
 def test_between_holds_for_any_rotation():

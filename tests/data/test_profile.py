@@ -161,6 +161,18 @@ def test_what_lies_outside_training_is_named(scan, said):
     assert differences(scan_on_the_ground(view=120), narrowed=True) == []
 
 
+def test_nothing_is_said_of_what_a_few_points_show():
+    few = scan_on_the_ground(height=0.6)[:120]  # fewer than a hundred of them near
+    assert differences(few) == []
+    assert differences(scan_on_the_ground(view=120)[:900]) == []
+
+
+def test_the_vehicle_itself_is_no_ground():
+    scan = scan_on_the_ground()
+    roof = np.tile(np.array([[0.5, 0.5, -0.3, 0.5]], np.float32), (3000, 1))
+    assert differences(np.concatenate([scan, roof])) == []
+
+
 def test_a_student_of_another_sensor_is_not_held_to_kittis():
     sensor = {"x": [0, 200], "y": [-200, 200], "z": [-1, 3], "remission": [0, 0.02]}
     scan = scan_on_the_ground(height=0.6, remission=0.01, reach=150)
