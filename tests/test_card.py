@@ -57,6 +57,15 @@ def test_all_that_a_header_says():
     assert "assumed" not in card
 
 
+def test_what_moves_comes_first_among_the_scores():
+    card = model_card(build_student(grid=GRID), "best", {"metrics": {"iou_static": 0.9, "moving_iou": 0.5}})
+    assert card.index("| moving | 0.500 |") < card.index("| static | 0.900 |")
+
+
+def test_a_name_of_two_lines_stays_in_its_row():
+    assert rows(model_card(build_student(grid=GRID), "best", {"init": "a\nb"}))["began from"] == "`a b`"
+
+
 def test_without_a_header_it_says_what_is_assumed():
     card = model_card(build_student("motionbev", 2), "motionbev")
     said = rows(card)
