@@ -19,7 +19,6 @@ from kdmos.models import Rule, build_student, load_model, load_student, save_mod
 from kdmos.odometry import Odometry
 from kdmos.predict import predict_sequence
 from kdmos.settings import MotionSettings, PolarGrid
-from kdmos.smoothing import BayesFilter
 from kdmos.stream import BackgroundStream, MosStream
 from kdmos.synth import SynthSettings, synthesize
 
@@ -444,41 +443,7 @@ def test_what_ends_the_thread_reaches_the_results(monkeypatch):
         background.put(drawn())
 
 
-# --- smoothing
-
-
-def logit(p):
-    return np.log(p / (1 - p))
-
-
-def test_bayes_filter_by_hand():
-    fuse, places = BayesFilter(horizon=2, voxel=1.0), torch.tensor([[0.5, 0.5, 0.5], [5.5, 0.5, 0.5]])
-    first = fuse.update(places, np.eye(4), torch.tensor([0.8, 0.1]))
-    assert torch.allclose(first, torch.tensor([0.8, 0.1]))
-    moved = np.eye(4)
-    moved[0, 3] = 5.0  # the sensor is 5 m farther: its first point lies where the second one lay
-    second = fuse.update(places, moved, torch.tensor([0.7, 0.6]))
-    expected = 1 / (1 + np.exp(-(logit(0.7) + logit(0.1))))
-    assert torch.allclose(second, torch.tensor([expected, 0.6], dtype=torch.float32))
-    fuse.update(places, moved, torch.tensor([0.5, 0.5]))  # the first scan leaves the horizon
-    assert torch.allclose(fuse.update(places, np.eye(4), torch.tensor([0.8, 0.5])), torch.tensor([0.8, 0.5]))
-    fuse.reset()
-    assert torch.allclose(fuse.update(places, np.eye(4), torch.tensor([0.3, 0.4])), torch.tensor([0.3, 0.4]))
-
-
-def test_bayes_filter_takes_the_mean_of_a_voxel_and_bounds_it():
-    fuse = BayesFilter(horizon=3, voxel=1.0, certain=0.1)
-    same = torch.full((4, 3), 0.5)
-    assert torch.allclose(fuse.update(same, np.eye(4), torch.tensor([0.2, 0.4, 0.0, 1.0])), torch.full((4,), 0.4))
-    assert torch.allclose(BayesFilter(certain=0.1).update(same[:1], np.eye(4), torch.ones(1)), torch.tensor([0.9]))
-    assert not len(fuse.update(same[:0], np.eye(4), torch.zeros(0)))
-    assert torch.allclose(fuse.update(same[:1], np.eye(4), torch.tensor([0.5])), torch.tensor([0.4]))
-
-
-def test_bayes_filter_settings():
-    for wrong in ({"horizon": 0}, {"voxel": 0.0}, {"prior": 1.0}, {"certain": 0.5}):
-        with pytest.raises(ValueError, match="BayesFilter"):
-            BayesFilter(**wrong)
+# --- smoothing; the filter itself: test_smoothing.py
 
 
 def test_a_smoothed_stream(sequence, one_thread):
