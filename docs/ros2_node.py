@@ -1,6 +1,6 @@
 """A ROS 2 node around `MosStream`: a PointCloud2 comes back with a field `moving`, the probability that a point moves.
 
-    python ros2_node.py --ros-args -r points:=/velodyne_points -p checkpoint:=student.safetensors -p fixed_frame:=odom
+    python ros2_node.py --ros-args -r points:=/velodyne_points -p sensor:=robot.yaml -p fixed_frame:=odom
 
 Parameters: `checkpoint`, `device`, `precision` and `sensor` (the YAML of a sensor's profile) as for `MosStream`;
 `fixed_frame`: poses are those of TF from this frame; empty: from odometry of kdmos. An example to start from: answers
@@ -60,8 +60,8 @@ class MovingPoints(Node):
             return
         self.clouds[self.count] = cloud
         self.count += 1
-        stamp = cloud.header.stamp
-        self.stream.put(points, pose, stamp.sec + stamp.nanosec * 1e-9)
+        stamp = cloud.header.stamp.sec + cloud.header.stamp.nanosec * 1e-9
+        self.stream.put(points, pose, stamp or None)  # 0: the driver does not fill it
 
     def pose(self, cloud: PointCloud2) -> np.ndarray | None:
         """Of the LiDAR in the fixed frame, None if TF does not know it."""

@@ -15,16 +15,20 @@ MANY = 12  # names that are still listed one by one
 MARK = "<!-- kdmos writes this page anew with the model; without this line it is left as it is. -->"
 
 
-def write_card(path: Path, model: Student | Teacher, name: str, header: dict | None = None) -> str:
+def write_card(
+    path: Path, model: Student | Teacher, name: str, header: dict | None = None, text: str | None = None
+) -> str:
     """Write a model's card, but not over one that people have made their own; a line that says what was done.
 
     Args:
         path: Target file.
         model, name, header: See `model_card`.
+        text: The card, where people have written it already, as that of the shipped student.
     """
     if path.exists() and MARK not in path.read_text(errors="replace"):
         return f"{path}: left as it is, because kdmos did not write it"
-    write_atomic(path, model_card(model, name, header).encode())
+    card = model_card(model, name, header) if text is None else f"{text.rstrip()}\n\n{MARK}\n"
+    write_atomic(path, card.encode())
     return f"{path}: its card"
 
 

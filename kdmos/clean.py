@@ -14,10 +14,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.progress import Progress
 
 from kdmos.checkpoint import write_atomic
-from kdmos.command import Predictions, Sequences, Source, Topic, listed, run
+from kdmos.command import Bar, Predictions, Sequences, Source, Topic, listed, run
 from kdmos.data.poses import pose_rows
 from kdmos.data.semantic_kitti import POINT_BYTES, Sequence, read_manifest
 from kdmos.data.source import ScanSource
@@ -77,12 +76,11 @@ def clean_scans(
     """
     _check_manifest(output, manifest)
     done, written, lost = 0, 0, []
-    with Progress(disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("clean", total=sum(len(source.frames) for source in sources))
+    with Bar("clean", sum(len(source.frames) for source in sources)) as bar:
         for source in sources:
             folder = output / "sequences" / source.name
             for frame in source.frames:
-                progress.advance(task)
+                bar.advance()
                 scan, label = _files(source, folder, frame)
                 if _complete(scan, label):
                     done += 1
@@ -222,8 +220,9 @@ def clean_map(
     """
     poses = source.poses()
     static, lost = VoxelMap(voxel, poses[0, :3, 3]), []
-    with Progress(disable=not sys.stderr.isatty()) as progress:
-        for frame, pose in zip(progress.track(source.frames, description="clean"), poses):
+    with Bar("clean", len(source.frames)) as bar:
+        for frame, pose in zip(source.frames, poses):
+            bar.advance()
             try:
                 points = source.read_points(frame)
                 kept = ~moving_points(source, frame, len(points), predictions, threshold)

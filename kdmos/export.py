@@ -27,7 +27,7 @@ from kdmos.data.synthetic.lidar import load_sensor
 from kdmos.data.synthetic.sequence import SyntheticSequence
 from kdmos.errors import InputError
 from kdmos.inference import sequence_logits
-from kdmos.models import Rule, Student, Teacher, header_of, load_model
+from kdmos.models import SHIPPED, Rule, Student, Teacher, header_of, load_model
 from kdmos.models.exportable import ExportableStudent, OneScan, onnx_inputs
 from kdmos.models.fast import FastStudent
 from kdmos.ops import native
@@ -214,9 +214,10 @@ def export(
     if isinstance(student, Teacher):
         raise InputError(f"{checkpoint}: a {student.settings.name} teacher; kdmos export takes students")
     name = Path(checkpoint).stem
+    card = SHIPPED[checkpoint].with_suffix(".md").read_text() if checkpoint in SHIPPED else None
     output = output or Path(f"{name}.onnx")
     if output.suffix == ".md":
-        print(write_card(output, student, name))
+        print(write_card(output, student, name, text=card))
         return 0
     if output.suffix not in FORMATS:
         raise InputError(f"--output {output}: ends in none of {', '.join(FORMATS)} and .md")
@@ -231,7 +232,7 @@ def export(
         source.poses()  # what can be wrong with them, before the work
     write_atomic(output, write(student))
     print(f"{output}: a {student.settings.name} student, {output.stat().st_size / 1e6:.1f} MB")
-    print(write_card(output.with_suffix(".md"), student, name))
+    print(write_card(output.with_suffix(".md"), student, name, text=card))
     found = compare(student, read(output, student), source, scans)
     share = found.same / found.points
     print(

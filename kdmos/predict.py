@@ -204,7 +204,7 @@ def look_at_first_scan(source: ScanSource, model: Model, profile: SensorProfile,
         if not len(points):
             continue
         check_remission(points, source.where(frame), profile.remission_scale)
-        if found := differences(points, model.header.get("sensor"), profile.field_of_view is not None):
+        if found := differences(points, model.header.get("sensor"), profile):
             warnings.warn(
                 f"{source.name}: other than what {checkpoint} was trained on: {'; '.join(found)}", stacklevel=2
             )

@@ -230,7 +230,10 @@ class MosStream:
             return nothing
         if num_odd > MAX_ODD_SHARE * num_kept:
             low, high = (float(bound(scan[kept, 3])) for bound in (torch.min, torch.max))
-            notes.append(f"the 4th column runs from {low:g} to {high:g}, expected remission, 0..1: it is left out")
+            advice = "remission_scale in a sensor's profile (sensor=)"
+            notes.append(
+                f"the 4th column runs from {low:g} to {high:g}, expected remission, 0..1 ({advice}): it is left out"
+            )
             return nothing
         if num_kept == shape[0]:
             return scan, np.ones(shape[0], bool)
@@ -240,8 +243,9 @@ class MosStream:
 
     def _compare(self, first: _Waiting) -> None:
         """Note what of the first scan lies far outside what the model was trained on."""
-        narrowed = self.profile is not None and self.profile.field_of_view is not None
-        found = differences(first.points.cpu().numpy(), self.model.header.get("sensor"), narrowed)
+        found = differences(
+            first.points.cpu().numpy(), self.model.header.get("sensor"), self.profile or SensorProfile()
+        )
         if found:
             first.notes.append(f"other than what the model was trained on: {'; '.join(found)}")
         self._compared = True

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import torch
 import typer
-from rich.progress import Progress
 
 from kdmos import picture
 from kdmos.checkpoint import write_atomic
-from kdmos.command import Predictions, Sequences, Source, Topic, listed, run
+from kdmos.command import Bar, Predictions, Sequences, Source, Topic, listed, run
 from kdmos.data.source import ScanSource, WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
@@ -498,8 +497,7 @@ def view(
     with ExitStack() as outputs:
         viewer = outputs.enter_context(Rerun(save, in_3d, motion)) if save or in_viewer else None
         writer = outputs.enter_context(Film(film, fps)) if film else None
-        progress = outputs.enter_context(Progress(disable=not sys.stderr.isatty()))
-        task = progress.add_task("view", total=sum(len(drive.frames) for drive in drives))
+        bar = outputs.enter_context(Bar("view", sum(len(drive.frames) for drive in drives)))
         for drive in drives:
             name, width = drive.source.name, drive.source.width
             if viewer:
@@ -508,7 +506,7 @@ def view(
                 rows = [drive.source.frames.index(frame) for frame in drive.frames]
                 canvas = DriveMap(drive.poses[rows], extent, 2 * size)
             for frame, shown in zip(drive.frames, scans(drive)):
-                progress.advance(task)
+                bar.advance()
                 if isinstance(shown, InputError):
                     lost.append(f"{drive.source.scan(frame)}: {shown}")
                     continue

@@ -261,3 +261,12 @@ def test_what_cannot_be_exported_is_one_line(checkpoint, data, tmp_path, monkeyp
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert "onnxscript is not installed, and .onnx needs it: pip install 'kdmos[export]'" in error(student)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher.safetensors"]
+
+
+def test_the_shipped_student_keeps_its_card(tmp_path, capsys):
+    """It says what no header does: what it was trained on, under which licence."""
+    assert run("synthetic", "--output", tmp_path / "card.md") == 0
+    card = (tmp_path / "card.md").read_text()
+    assert "trained on | synthetic scans alone" in card and "MIT" in card
+    assert run("synthetic", "--output", tmp_path / "card.md") == 0
+    assert (tmp_path / "card.md").read_text() == card

@@ -371,7 +371,7 @@ def test_a_first_scan_unlike_the_training_is_noted(one_thread):
     stream = now()
     first, second = (stream.push(points, np.eye(4)) for _ in range(2))
     assert not second.notes and len(first.notes) == 1
-    assert "the ground seems to lie at z = -0.5" in first.notes[0] and "the remission hardly exceeds" in first.notes[0]
+    assert "the ground seems to lie 0.5 m below" in first.notes[0] and "the remission hardly exceeds" in first.notes[0]
 
 
 def test_timed(one_thread):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,9 @@ class FileScans(ScanSource):
         Raises: InputError if it is missing or wrong.
         """
         if self._poses_path is None:
-            raise InputError(f"{self.folder}: has no poses.txt, nor has the folder around it")
+            raise InputError(
+                f"{self.folder}: has no poses.txt, nor has the folder around it; kdmos predict finds poses by odometry"
+            )
         calib = self._poses_path.with_name("calib.txt")
         return poses_from_file(self, self._poses_path, calib if calib.is_file() else None)
 
@@ -84,7 +87,7 @@ class FileScans(ScanSource):
 def find_files(folder: Path, remission_scale: float = 1.0) -> FileScans | None:
     """The scans of a folder, None if it holds none.
 
-    Raises: InputError if they are of several kinds.
+    Raises: InputError if they are of several kinds, or the library that reads them is missing.
     """
     # Names with a leading dot are the leftovers of copying tools ("._scan.bin"), never scans.
     found = [path for path in folder.iterdir() if path.suffix.lower() in KINDS and path.name[0] != "."]
@@ -94,6 +97,9 @@ def find_files(folder: Path, remission_scale: float = 1.0) -> FileScans | None:
         return None
     if len(kinds) > 1:
         raise InputError(f"{folder}: holds {' and '.join(kinds)} files; put the scans of one kind into a folder alone")
+    library = LIBRARIES.get(kinds[0])
+    if library and find_spec(library) is None:
+        raise InputError(f"{folder}: reading {kinds[0]} needs {library}: pip install 'kdmos[files]'")
     times = _times(files)
     if times is not None:
         files = [files[i] for i in times.argsort(kind="stable")]  # .25 is before .5, though 25 is after 5
@@ -170,10 +176,8 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_pcd(path: Path) -> np.ndarray:
-    try:
-        from pypcd4 import PointCloud
-    except ImportError as error:
-        raise InputError(f"{path}: reading .pcd needs pypcd4: pip install 'kdmos[files]'") from error
+    from pypcd4 import PointCloud
+
     cloud = _read(path, "PCD", lambda: PointCloud.from_path(path))
     data = np.atleast_1d(cloud.pc_data)
     if len(data) != cloud.metadata.points:
@@ -182,10 +186,8 @@ def _read_pcd(path: Path) -> np.ndarray:
 
 
 def _read_ply(path: Path) -> np.ndarray:
-    try:
-        from plyfile import PlyData
-    except ImportError as error:
-        raise InputError(f"{path}: reading .ply needs plyfile: pip install 'kdmos[files]'") from error
+    from plyfile import PlyData
+
     data = _read(path, "PLY", lambda: PlyData.read(str(path))["vertex"].data)
     return points_of_fields({name: data[name] for name in data.dtype.names}, path)
 
@@ -200,3 +202,4 @@ def _read(path: Path, kind: str, read: Callable):
 
 READERS: dict[str, Callable[[Path], np.ndarray]] = {".npy": _read_npy, ".pcd": _read_pcd, ".ply": _read_ply}
 KINDS = (".bin", *READERS)
+LIBRARIES = {".pcd": "pypcd4", ".ply": "plyfile"}

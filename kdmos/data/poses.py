@@ -56,6 +56,12 @@ def poses_from_file(source: ScanSource, path: str | Path, calib: str | Path | No
     if len(poses) == len(source.frames):
         return poses
     if stamps is None and source.frames[-1] < len(poses):
+        if source.frames == tuple(range(len(source.frames))):
+            warnings.warn(
+                f"{path}: has {len(poses)} poses, and {source.name} {len(source.frames)} scans: the first ones are "
+                "taken, which is wrong if scans before the last are missing",
+                stacklevel=2,
+            )
         return poses[list(source.frames)]
     rows = f"{len(poses)} poses, and {source.name} has {len(source.frames)} scans"
     if stamps is None:
@@ -80,8 +86,8 @@ def read_pose_file(path: str | Path, calib: str | Path | None = None) -> PoseFil
         poses, stamps = _rigid(lines, path, "line {}"), None
     else:
         raise InputError(
-            f"{path}: the first row has {len(first.split())} values; expected KITTI's 12 (3 x 4, row by row) or TUM's "
-            "8 (stamp tx ty tz qx qy qz qw)"
+            f"{path}: the first row has {len(first.split())} values between blanks; expected KITTI's 12 (3 x 4, row by "
+            "row) or TUM's 8 (stamp tx ty tz qx qy qz qw)"
         )
     return PoseFile(poses if calib is None else poses @ read_calibration(calib), stamps)
 
@@ -109,7 +115,7 @@ def _read_tum(lines: list[str], path: str | Path) -> tuple[np.ndarray, np.ndarra
     stamps = values[:, 0] * (1e-9 if values[0, 0] > NANOSECONDS else 1)
     same = np.nonzero(np.diff(stamps) <= 0)[0]
     if len(same):
-        raise InputError(f"{path}: two rows have the stamp {values[same[0], 0]:.9g}; every pose needs its own time")
+        raise InputError(f"{path}: two rows have the stamp {values[same[0], 0]:.6f}; every pose needs its own time")
     return pose_matrices(values[:, 1:4], values[:, 4:]), stamps
 
 
@@ -121,7 +127,7 @@ def _at(wanted: np.ndarray, stamps: np.ndarray, poses: np.ndarray, source: ScanS
         i = outside.argmax()
         raise InputError(
             f"{path}: its poses are of {stamps[0]:.3f} to {stamps[-1]:.3f} s, but scan {source.scan(source.frames[i])} "
-            f"is of {wanted[i]:.3f} s, {outside[i]:.3g} s outside; check that both have the same clock"
+            f"is of {wanted[i]:.3f} s, {outside[i]:.3f} s outside; check that both have the same clock"
         )
     if len(poses) == 1:
         return np.repeat(poses, len(wanted), 0)

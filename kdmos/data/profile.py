@@ -163,14 +163,14 @@ def check_remission(points: np.ndarray, where: object, scale: float = 1.0) -> No
         )
 
 
-def differences(points: np.ndarray, sensor: dict | None = None, narrowed: bool = False) -> list[str]:
+def differences(points: np.ndarray, sensor: dict | None = None, profile: SensorProfile = SensorProfile()) -> list[str]:
     """What of a scan lies far outside what a student was trained on, in words.
 
     Args:
         points: [m, 4], as `SensorProfile.apply` returns them.
         sensor: x, y, z, remission: (lowest, highest) in training, as a checkpoint's header has them under `sensor`;
             None: those of KITTI.
-        narrowed: Whether the field of view was cut on purpose.
+        profile: What made them so: what to write into it is said, and a view that it cuts is cut on purpose.
     """
     known = {**KITTI_SENSOR, **(sensor or {})}
     xy = np.hypot(points[:, 0], points[:, 1])
@@ -180,19 +180,17 @@ def differences(points: np.ndarray, sensor: dict | None = None, narrowed: bool =
     ground = edges[counts.argmax()] + 0.1  # most of the points near a sensor lie on it
     expected = -STUDENT_HEIGHT
     if known["z"][0] < expected and counts.sum() >= 100 and abs(ground - expected) > GROUND_TOLERANCE:
-        found.append(
-            f"the ground seems to lie at z = {ground:.1f} m, in training at {expected:g} m (height in a --sensor file)"
-        )
+        lidar = profile.height - STUDENT_HEIGHT - ground  # the LiDAR above it, before the profile moved the scan
+        advice = f"'height: {lidar:.1f}' in a sensor file" if lidar > 0 else "is z up?"
+        found.append(f"the ground seems to lie {-ground:.1f} m below, in training {-expected:g} m ({advice})")
     top, trained = np.quantile(points[:, 3], 0.99), known["remission"][1]
     if top < 0.1 * trained:
         seems = "is 0 everywhere" if not points[:, 3].any() else f"hardly exceeds {top:.2g}"
-        found.append(
-            f"the remission {seems}, in training it reached {trained:.2g} (remission_scale in a --sensor file)"
-        )
+        found.append(f"the remission {seems}, in training it reached {trained:.2g} (remission_scale in a sensor file)")
     reach, trained = np.quantile(xy, 0.99), max(known["x"][1], known["y"][1])
     if reach > 1.5 * trained:
-        found.append(f"points reach {reach:.0f} m, in training {trained:.0f} m (range in a --sensor file)")
+        found.append(f"points reach {reach:.0f} m, in training {trained:.0f} m (range in a sensor file)")
     sectors = np.unique(np.degrees(np.arctan2(points[:, 1], points[:, 0])) // 10).size
-    if not narrowed and sectors < 27 and len(points) >= 1000 and min(known["x"][0], known["y"][0]) < 0:
+    if profile.field_of_view is None and sectors < 27 and len(points) >= 1000 and min(known["x"][0], known["y"][0]) < 0:
         found.append(f"the scan covers {10 * sectors} of 360 degrees, in training all round")
     return found

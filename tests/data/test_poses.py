@@ -115,7 +115,7 @@ def test_up_to_a_scan_outside_the_motion_goes_on(tmp_path):
     path = write(tmp_path / "tum.txt", *(f"{10 + 0.1 * i:.1f} {i} 0 0 0 0 0 1" for i in range(4)))
     found = poses_from_file(source(range(6), 9.9 + 0.1 * np.arange(6)), path)
     np.testing.assert_allclose(found[:, 0, 3], [-1, 0, 1, 2, 3, 4], atol=1e-9)
-    with pytest.raises(InputError, match=r"of 10.000 to 10.300 s, but scan a/000006 is of 10.500 s, 0.2 s outside"):
+    with pytest.raises(InputError, match=r"of 10.000 to 10.300 s, but scan a/000006 is of 10.500 s, 0.200 s outside"):
         poses_from_file(source(range(7), 9.9 + 0.1 * np.arange(7)), path)
     with pytest.raises(InputError, match=r"scan a/000002 is of 10.440 s, 0.14 s outside"):
         poses_from_file(source(range(3), [10.24, 10.34, 10.44]), path)
@@ -155,7 +155,7 @@ def test_one_pose_is_one_place(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([""], "the first row has 0 values; expected KITTI's 12 .* or TUM's 8"),
+        ([""], "the first row has 0 values between blanks; expected KITTI's 12 .* or TUM's 8"),
         (["1 2 3"], "the first row has 3 values"),
         (
             ["0 0 0 0 0 0 0 2"],

@@ -143,8 +143,11 @@ def scan_on_the_ground(height=1.73, remission=0.99, reach=70.0, view=360.0):
     [
         ({}, []),
         ({"height": 2.1}, []),
-        ({"height": 0.6}, ["the ground seems to lie at z = -0.[567] m, in training at -1.73 m"]),
-        ({"height": 2.9}, ["the ground seems to lie at z = -(2.9|3.0|2.8) m"]),
+        (
+            {"height": 0.6},
+            [r"the ground seems to lie 0.[567] m below, in training 1.73 m \('height: 0.[567]'"],
+        ),
+        ({"height": 2.9}, ["the ground seems to lie (2.9|3.0|2.8) m below"]),
         ({"remission": 0}, ["the remission is 0 everywhere, in training it reached 0.99"]),
         ({"remission": 0.004}, ["the remission hardly exceeds 0.004, in training it reached 0.99"]),
         ({"reach": 200}, ["points reach 19[0-9] m, in training 80 m"]),
@@ -158,7 +161,18 @@ def test_what_lies_outside_training_is_named(scan, said):
         assert len(found) == len(said)
         for words, pattern in zip(found, said):
             assert re.match(pattern, words)
-    assert differences(scan_on_the_ground(view=120), narrowed=True) == []
+    assert differences(scan_on_the_ground(view=120), profile=SensorProfile(field_of_view=(-60, 60))) == []
+
+
+def test_the_height_to_write_is_that_of_the_lidar():
+    """Also after a wrong one has moved the scan."""
+    scan = scan_on_the_ground(height=1.6)
+    for height in (0.6, 2.6):
+        profile = SensorProfile(height=height)
+        (found,) = differences(profile.apply(scan)[0], profile=profile)
+        assert re.search(r"'height: 1\.[567]'", found)
+    (found,) = differences(scan_on_the_ground(height=-3), profile=SensorProfile())
+    assert "is z up?" in found
 
 
 def test_nothing_is_said_of_what_a_few_points_show():

@@ -464,7 +464,7 @@ def test_missing_libraries_are_named_with_their_extra(tmp_path, bags, monkeypatc
         open_sources(bag)
     for suffix, library in ((".pcd", "pypcd4"), (".ply", "plyfile")):
         with pytest.raises(InputError, match=rf"needs {library}: pip install 'kdmos\[files\]'"):
-            only(folders[suffix]).read_points(0)
+            open_sources(folders[suffix])
 
 
 # ---- PointCloud2
