@@ -16,20 +16,15 @@ from kdmos.ops import native
 from kdmos.settings import PolarGrid
 
 
-def trained(name="kdmos", bins=(41, 50, 8), seed=0):
-    """A student whose norms have seen something: every statistic and weight is away from its start."""
-    torch.manual_seed(seed)
-    student = build_student(name, grid=PolarGrid(bins=bins)).eval()
-    with torch.no_grad():
-        for module in student.modules():
-            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-                module.running_mean.normal_(std=0.3)
-                module.running_var.uniform_(0.5, 2.0)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(std=0.3)
-            elif isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
-                module.weight.normal_(std=0.2)
-    return student
+@pytest.fixture
+def trained(stirred):
+    """trained() -> a student whose norms have seen something: every statistic and weight is away from its start."""
+
+    def make(name="kdmos", bins=(41, 50, 8), seed=0):
+        torch.manual_seed(seed)
+        return stirred(build_student(name, grid=PolarGrid(bins=bins)))
+
+    return make
 
 
 def scans(lengths=(900, 0, 600), seed=0):
@@ -42,7 +37,7 @@ def scans(lengths=(900, 0, 600), seed=0):
 @pytest.mark.parametrize("backend", native.BACKENDS)
 @pytest.mark.parametrize("name", ["kdmos", "motionbev"])
 @pytest.mark.parametrize("bins", [(41, 50, 8), (24, 16, 4)])
-def test_float32_is_the_student(name, bins, backend):
+def test_float32_is_the_student(name, bins, backend, trained):
     if backend == "native" and not native.BUILT:
         pytest.skip("the native ops are not built")
     student, batch = trained(name, bins), scans()
@@ -56,7 +51,7 @@ def test_float32_is_the_student(name, bins, backend):
     assert (fast.classes, fast.moving, fast.settings) == (student.classes, student.moving, student.settings)
 
 
-def test_bfloat16_stays_close():
+def test_bfloat16_stays_close(trained):
     student, batch = trained(), scans()
     if usable_precision("bfloat16", "cpu") != torch.bfloat16:
         pytest.skip("this CPU does not compute in bfloat16")
@@ -75,7 +70,7 @@ def everywhere(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["kdmos", "motionbev"])
 @pytest.mark.parametrize("bins", [(41, 50, 8), (24, 16, 4), (120, 90, 4)])
-def test_keeping_away_from_background_changes_nothing(precision, name, bins, monkeypatch):
+def test_keeping_away_from_background_changes_nothing(precision, name, bins, monkeypatch, trained):
     """To the last bit, of a batch with few points in one scan and none in another."""
     fast, batch = FastStudent(trained(name, bins), precision), scans((900, 0, 3))
     batch[2][::2] = 0  # half of the points have no residual
@@ -101,7 +96,7 @@ def test_a_real_scan_without_its_background(precision, realdata, monkeypatch):
     assert (labels[0] != labels[2]).sum() < 1e-3 * len(labels[0])
 
 
-def test_copies_the_weights():
+def test_copies_the_weights(trained):
     student, batch = trained(), scans()
     fast = FastStudent(student)
     before = fast(*batch).point_logits
@@ -131,7 +126,7 @@ def one_scan(num_points, seed=0):
 
 @pytest.mark.parametrize("backend", native.BACKENDS)
 @pytest.mark.parametrize("bins", [(41, 50, 8), (24, 16, 4)])
-def test_fixed_size_is_the_fast_student(bins, backend):
+def test_fixed_size_is_the_fast_student(bins, backend, trained):
     """Whatever the scan before left in the buffers; a scan of one point, of none, of all there is room for."""
     if backend == "native" and not native.BUILT:
         pytest.skip("the native ops are not built")
@@ -150,7 +145,7 @@ def test_fixed_size_is_the_fast_student(bins, backend):
         assert torch.equal(graphed(*one_scan(500)).point_logits, first)
 
 
-def test_fixed_size_of_several_scans():
+def test_fixed_size_of_several_scans(trained):
     """The batch with room for more, the scan without a point among them."""
     fast, (points, offsets, residual) = FastStudent(trained()), scans()
     expected = fast(points, offsets, residual)
@@ -160,7 +155,7 @@ def test_fixed_size_of_several_scans():
     assert not found.voxel_logits[len(expected.voxel_logits) :].any()
 
 
-def test_larger_scans_and_batches_go_the_ordinary_way():
+def test_larger_scans_and_batches_go_the_ordinary_way(trained):
     student = trained()
     fast, graphed = FastStudent(student), GraphedStudent(student, capacity=900)
     for batch in (one_scan(901), scans((100, 200))):
@@ -199,7 +194,7 @@ class Refuses(TorchDispatchMode):
 
 @pytest.mark.skipif(not native.BUILT, reason="the native ops are not built")
 @pytest.mark.parametrize("name", ["kdmos", "motionbev"])
-def test_nothing_is_read_on_the_way(name, monkeypatch):
+def test_nothing_is_read_on_the_way(name, monkeypatch, trained):
     """On the way of a GPU, where all rows are one chunk."""
     fast, graphed, batch = FastStudent(trained(name)), GraphedStudent(trained(name), capacity=900), one_scan(700)
     expected = fast(*batch).point_logits
@@ -214,7 +209,7 @@ def test_nothing_is_read_on_the_way(name, monkeypatch):
 
 @pytest.mark.skipif(not native.BUILT, reason="the native ops are not built")
 @pytest.mark.parametrize("name", ["kdmos", "motionbev"])
-def test_every_size_is_known_beforehand(name, monkeypatch):
+def test_every_size_is_known_beforehand(name, monkeypatch, trained):
     """With tensors that have a shape and no values: what would read one fails."""
     monkeypatch.setattr(native, "DEVICES", native.DEVICES | {"meta"})
     graphed = GraphedStudent(trained(name).to("meta"), capacity=900)
@@ -224,5 +219,5 @@ def test_every_size_is_known_beforehand(name, monkeypatch):
         FastStudent.forward(graphed, points, offsets, residual)
 
 
-def test_a_cpu_keeps_the_fast_student():
+def test_a_cpu_keeps_the_fast_student(trained):
     assert type(prepared(trained())) is FastStudent
