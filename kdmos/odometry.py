@@ -53,7 +53,7 @@ class Odometry:
         self._icp = self._fresh()
         self._started = False
         self._stamp: float | None = None  # of the last scan
-        self._step: float | None = None  # seconds over which the last motion was made
+        self._step: float | None = None  # of the stamps, over which the last motion was made
 
     def push(self, points: np.ndarray, stamp: float | None = None, times: np.ndarray | None = None) -> np.ndarray:
         """Take the next scan.
@@ -61,8 +61,8 @@ class Odometry:
         Args:
             points: [n, >= 3], any float type: x, y, z in metres, LiDAR frame. Non-finite ones are left out. Without
                 any (a scan that was lost) the last motion goes on: constant velocity.
-            stamp: Seconds; where both the last scan and this one have one, a gap between them lengthens the motion
-                that the registration starts from.
+            stamp: In seconds or any other unit; where both the last scan and this one have one, a gap between them
+                lengthens the motion that the registration starts from.
             times: [n], when each point was measured, any unit, ascending. With them the scan is registered as if
                 taken at its end; without, as if all points were measured at once.
         Returns: float64 [4, 4], LiDAR frame of the first scan from this one's.
@@ -91,7 +91,7 @@ class Odometry:
         self._stamp = stamp
         if step is None or step <= 0:
             return motion
-        if self._step is not None:
+        if self._step not in (None, step):
             motion = between(np.eye(4), motion, step / self._step)
         self._step = step
         return motion
@@ -104,7 +104,8 @@ def odometry_poses(
 ) -> np.ndarray:
     """LiDAR pose of each scan of a source in the frame of the first one, float64 [len(source.frames), 4, 4].
 
-    A scan that cannot be read gets the last pose moved on by the last motion.
+    A scan that cannot be read gets the last pose moved on by the last motion. Where frame numbers are missing, the
+    motion is expected to have gone on as long.
 
     Args:
         source: Read once, in order.
@@ -118,7 +119,7 @@ def odometry_poses(
             points = source.read_points(frame)
         except InputError:  # whoever needs the scan learns why
             points = np.zeros((0, 4), np.float32)
-        poses.append(odometry.push(points[profile.apply(points)[1]]))
+        poses.append(odometry.push(points[profile.apply(points)[1]], stamp=frame))
         advance()
     return np.stack(poses)
 

@@ -117,9 +117,9 @@ def test_up_to_a_scan_outside_the_motion_goes_on(tmp_path):
     np.testing.assert_allclose(found[:, 0, 3], [-1, 0, 1, 2, 3, 4], atol=1e-9)
     with pytest.raises(InputError, match=r"of 10.000 to 10.300 s, but scan a/000006 is of 10.500 s, 0.200 s outside"):
         poses_from_file(source(range(7), 9.9 + 0.1 * np.arange(7)), path)
-    with pytest.raises(InputError, match=r"scan a/000002 is of 10.440 s, 0.14 s outside"):
+    with pytest.raises(InputError, match=r"scan a/000002 is of 10.440 s, 0.140 s outside"):
         poses_from_file(source(range(3), [10.24, 10.34, 10.44]), path)
-    with pytest.raises(InputError, match=r"scan a/000000 is of 0.000 s, 10 s outside; check that both"):
+    with pytest.raises(InputError, match=r"scan a/000000 is of 0.000 s, 10.000 s outside; check that both"):
         poses_from_file(source(range(3), [0, 0.1, 0.2]), path)
 
 
