@@ -18,6 +18,7 @@ MAX_RANGE = 100.0  # metres; beyond, a scan is too sparse to be registered
 # Of the map, where nothing waits for the poses: on synthetic and real drives the steps come out a third more exact than
 # with KISS-ICP's own metre, for three times the work. The rule, whose answer hangs on centimetres, gains most by it.
 OFFLINE_VOXEL = 0.5
+LONGEST_GAP = 100  # times the last step between stamps; beyond, a clock jumped and not the sensor
 
 
 class Odometry:
@@ -89,7 +90,7 @@ class Odometry:
         motion = self._icp.last_delta
         step = None if stamp is None or self._stamp is None else stamp - self._stamp
         self._stamp = stamp
-        if step is None or step <= 0:
+        if step is None or step <= 0 or (self._step is not None and step > LONGEST_GAP * self._step):
             return motion
         if self._step not in (None, step):
             motion = between(np.eye(4), motion, step / self._step)

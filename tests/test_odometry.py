@@ -93,6 +93,14 @@ def test_stamps_lengthen_the_motion_over_a_gap(drive, poses):
     np.testing.assert_allclose(odometry.push(np.zeros((0, 4)), stamp=100.6), after @ motion, atol=0.03)
 
 
+def test_a_clock_that_jumps_moves_nothing(drive, poses):
+    """One stamp far in the future: neither its scan nor the next one is looked for far ahead."""
+    odometry = Odometry()
+    for frame, (points, stamp) in enumerate(zip(drive[0], [100.0, 100.1, 100.2, 9e9, 9e9 + 0.1])):
+        found = odometry.push(points, stamp=stamp)
+        assert distance(found, poses[frame]) < 0.1
+
+
 def test_times_of_the_points_undo_the_motion_within_a_scan():
     """Scans measured while driving, each point in the frame of its own time."""
     sequence = SyntheticSequence(1, 0, SCANS, SENSORS["small"], compensate=False)
