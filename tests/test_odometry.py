@@ -217,5 +217,7 @@ def test_written_poses_are_read_to_the_last_bit_by_those_they_belong_to(tmp_path
     assert saved_poses(tmp_path, "other", source) is None
     assert saved_poses(tmp_path, "data", SimpleNamespace(name="09", frames=source.frames)) is None
     assert saved_poses(tmp_path, "data", SimpleNamespace(name="08", frames=(0, 1))) is None
-    (tmp_path / MANIFEST).write_text(json.dumps({**about, "poses": "1234"}))
+    (tmp_path / MANIFEST).write_text(json.dumps({**about, "poses": "1234"}))  # of a file
+    np.testing.assert_array_equal(saved_poses(tmp_path, "data", source), poses)
+    (tmp_path / MANIFEST).write_text(json.dumps({"source": about["source"]}))  # the sequence's own
     assert saved_poses(tmp_path, "data", source) is None
