@@ -33,6 +33,9 @@ Predictions = Annotated[
 ]
 Sequences = Annotated[str | None, typer.Option(help="Names, e.g. 08,09; all by default.")]
 Topic = Annotated[str | None, typer.Option(help="Of a bag: its PointCloud2 topic, if it has several.")]
+Sensor = Annotated[
+    Path | None, typer.Option(help="YAML: height, range, field_of_view, elevation, remission_scale; docs/input.md.")
+]
 
 
 def run(command: Callable, name: str, argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from kdmos.checkpoint import write_atomic
-from kdmos.command import Bar, listed, run
+from kdmos.command import Bar, Sensor, Source, Topic, listed, run
 from kdmos.data.bags import BagScans
 from kdmos.data.labels import to_raw
 from kdmos.data.poses import poses_from_file
@@ -238,12 +238,7 @@ def zip_predictions(output: Path, sequences: list[ScanSource]) -> Path:
 
 
 def predict(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of .bin, .npy, .pcd or .ply scans; ROS bag or MCAP file; SemanticKITTI data root or sequence."
-        ),
-    ],
+    source: Source,
     checkpoint: Annotated[
         Path,
         typer.Option(help="A model: .safetensors, the authors' .pt, synthetic (shipped), or rule (training-free)."),
@@ -251,7 +246,7 @@ def predict(
     output: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
     sequences: Annotated[str | None, typer.Option(help="Names, e.g. 11,12; all by default.")] = None,
     split: Annotated[str | None, typer.Option(help=f"A split instead of names: {', '.join(SPLIT_NAMES)}.")] = None,
-    topic: Annotated[str | None, typer.Option(help="Of a bag: its PointCloud2 topic, if it has several.")] = None,
+    topic: Topic = None,
     poses: Annotated[
         Path | None, typer.Option(help="LiDAR poses in KITTI's or TUM's format, instead of those beside the scans.")
     ] = None,
@@ -261,9 +256,7 @@ def predict(
     odometry: Annotated[
         bool, typer.Option("--odometry", help="Poses from the scans (KISS-ICP), also where there are others.")
     ] = False,
-    sensor: Annotated[
-        Path | None, typer.Option(help="YAML: height, range, field_of_view, elevation, remission_scale.")
-    ] = None,
+    sensor: Sensor = None,
     scores: Annotated[bool, typer.Option("--scores", help="Also write the moving probability, float16.")] = False,
     classes: Annotated[int, typer.Option(help="2: write 9 and 251; 4: also 250 for movable.")] = 2,
     zip: Annotated[bool, typer.Option("--zip", help="Also pack the labels for the benchmark server.")] = False,

@@ -23,7 +23,9 @@ import typer
 
 from kdmos import picture
 from kdmos.checkpoint import write_atomic
-from kdmos.command import Bar, Predictions, Sequences, Source, Topic, listed, run
+from kdmos.command import Bar, Predictions, Sensor, Sequences, Source, Topic, listed, run
+from kdmos.data.profile import SensorProfile, load_profile, profile_of
+from kdmos.data.semantic_kitti import read_manifest
 from kdmos.data.source import ScanSource, WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
@@ -102,6 +104,7 @@ def shown_scans(
     model: Model | None = None,
     motion: MotionSettings | None = None,
     device: torch.device | str = "cpu",
+    profile: SensorProfile | None = None,
 ) -> Iterator[Shown | InputError]:
     """The scans of a drive with all that is asked for, in frame order; the error of one that cannot be used.
 
@@ -112,13 +115,14 @@ def shown_scans(
         model: Predict with it on the way instead; needs poses.
         motion: Compute these motion channels; needs poses.
         device: Where the model is.
+        profile: Of the sensor, for model and channels; None: scans are as they are expected. Points are shown as read.
     """
     source, wanted = _ReadOnce(drive.source, drive.poses), frozenset(drive.frames)
     predicted = iter(())
     if model is not None:
-        answers = predict_sequence(model, source, device, frozenset(source.frames) - wanted)
+        answers = predict_sequence(model, source, device, frozenset(source.frames) - wanted, profile)
         predicted = (answer for frame, answer in answers if frame in wanted)
-    residuals = iter(()) if motion is None else _residuals(source, wanted, motion)
+    residuals = iter(()) if motion is None else _residuals(source, wanted, motion, profile or SensorProfile())
     for frame in drive.frames:
         # all are advanced, whatever becomes of this frame
         answer, residual = next(predicted, None), next(residuals, None)
@@ -165,23 +169,31 @@ class _ReadOnce(WithPoses):
         self._kept = {frame: kept for frame, kept in self._kept.items() if frame > last}
 
 
-def _residuals(source: ScanSource, wanted: frozenset[int], motion: MotionSettings) -> Iterator[np.ndarray]:
-    """Motion channels of some frames of a source with poses; a scan that cannot be read counts as empty."""
+def _residuals(
+    source: ScanSource, wanted: frozenset[int], motion: MotionSettings, profile: SensorProfile
+) -> Iterator[np.ndarray]:
+    """Motion channels of some frames of a source with poses, 0 at points that the profile leaves out; a scan that
+    cannot be read counts as empty."""
     # The channels of a scan depend on `history` scans before it and `lookahead` after it, on no others.
     start = max(0, source.frames.index(min(wanted)) - motion.history)
     stop = source.frames.index(max(wanted)) + motion.lookahead + 1
-    frames = source.frames[start:stop]
+    frames, used = source.frames[start:stop], {}
 
     def scans() -> Iterator[torch.Tensor]:
         for frame in frames:
             try:
-                yield torch.from_numpy(source.read_points(frame))
+                points, used[frame] = profile.apply(source.read_points(frame))
             except InputError:  # it is listed where it is shown
-                yield torch.zeros(0, 4)
+                points, used[frame] = np.zeros((0, 4), np.float32), np.zeros(0, bool)
+            yield torch.from_numpy(points)
 
-    for frame, channels in zip(frames, sequence_channels(scans(), source.poses()[start:stop], motion)):
+    poses = profile.apply_to_pose(source.poses()[start:stop])
+    for frame, channels in zip(frames, sequence_channels(scans(), poses, motion)):
+        kept = used.pop(frame)
         if frame in wanted:
-            yield channels.numpy()
+            residual = np.zeros((len(kept), motion.num_channels), np.float32)
+            residual[kept] = channels.numpy()
+            yield residual
 
 
 # --- what is drawn of it
@@ -417,6 +429,7 @@ def view(
     ] = None,
     sequences: Sequences = None,
     topic: Topic = None,
+    sensor: Sensor = None,
     frames: Annotated[
         str | None, typer.Option(help="A:B, from frame number A to before B; A: and :B are open; A is one frame.")
     ] = None,
@@ -447,6 +460,8 @@ def view(
         )
     if predictions is not None and checkpoint is not None:
         raise InputError("PREDICTIONS and --checkpoint exclude each other: predictions are read, or made on the way")
+    if predictions is not None and sensor is not None:
+        raise InputError("PREDICTIONS and --sensor exclude each other: predictions know what they were made with")
     for option, file, suffix in (("--save", save, ".rrd"), ("--map", map, ".png")):
         if file is not None and file.suffix != suffix:
             raise InputError(f"{option} {file}: expected a name that ends in {suffix}")
@@ -459,9 +474,11 @@ def view(
 
     names = listed(sequences, "--sequences")
     if predictions is None:
-        found = open_sources(source, names, topic)
+        profile = SensorProfile() if sensor is None else load_profile(sensor)
+        found = open_sources(source, names, topic, profile.remission_scale)
     else:
         found = predicted_sources(source, names, predictions, topic)
+        profile = profile_of(read_manifest(predictions))
     if (save or map) and len(found) > 1:
         there = ", ".join(one.name for one in found)
         raise InputError(f"--save and --map are of one sequence; name it with --sequences, one of {there}")
@@ -490,7 +507,13 @@ def view(
         settings = None if model is None else model.settings
         motion = getattr(settings, "motion", None) or MotionSettings()
     scans = partial(
-        shown_scans, labels="labels" in known, predictions=predictions, model=model, motion=motion, device=where
+        shown_scans,
+        labels="labels" in known,
+        predictions=predictions,
+        model=model,
+        motion=motion,
+        device=where,
+        profile=profile,
     )
 
     lost, done = [], 0

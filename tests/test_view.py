@@ -405,3 +405,26 @@ def test_real_scans(realdata, tmp_path):
     path = tmp_path / "kitti-raw-0005-a_000007.png"
     assert {picture.MOVING, picture.HIT, picture.NO_TRUTH} <= colours(path)
     assert path.stat().st_size < 300_000
+
+
+def test_a_sensor_is_described_for_the_model_and_the_channels(data, tmp_path, capsys):
+    """The same drive from 1 m higher up, its remission out of 255: with the YAML what was seen before."""
+    before, whole = tmp_path / "before", tmp_path / "whole"
+    asked = ("--frames", "8", "--panels", "residual,prediction", "--size", "200", "--pictures")
+    assert run(data, "--checkpoint", "rule", *asked, before) == 0
+    for path in (data / "velodyne").iterdir():
+        points = np.fromfile(path, np.float32).reshape(-1, 4) * np.float32([1, 1, 1, 255]) - np.float32([0, 0, 1, 0])
+        points.tofile(path)
+    (tmp_path / "high.yaml").write_text("height: 2.73\nremission_scale: 255\n")
+    assert run(data, "--checkpoint", "rule", "--sensor", tmp_path / "high.yaml", *asked, whole) == 0
+    assert {picture.MOVING} <= colours(before / "00_000008.png") & colours(whole / "00_000008.png")
+
+    (sequence,) = find_sequences(data, remission_scale=255)
+    drive = view.Drive(sequence, sequence.frames, sequence.poses())
+    profile = view.SensorProfile(height=2.73, remission_scale=255, range=(5, 80))
+    for shown in view.shown_scans(drive, False, model=load_model("rule"), motion=MotionSettings(), profile=profile):
+        left_out = np.linalg.norm(shown.points[:, :3], axis=1) < 5
+        assert left_out.any() and not shown.predicted[left_out].any() and not shown.residual[left_out].any()
+        assert shown.predicted.any() or not 4 <= shown.frame < 8
+    assert run(data, tmp_path, "--sensor", tmp_path / "high.yaml", "--map", tmp_path / "a.png") == 2
+    assert "PREDICTIONS and --sensor exclude each other" in capsys.readouterr().err
