@@ -25,6 +25,8 @@ gpu:
 	KDMOS_REQUIRE_SHARED=1 KDMOS_SHARED=$(GPU_PACK) $(PYTHON) -m pytest -q $(GPU_TESTS)
 	for name in $(GPU_BENCHMARKS); do \
 	    $(PYTHON) -m benchmarks.bench_$$name $(GPU_PACK)/realdata/kitti-raw-0005-a --device cuda || exit 1; done
+	$(PYTHON) -m benchmarks.bench_stream $(GPU_PACK)/realdata/kitti-raw-0005-a --device cuda --precision bfloat16 \
+	    --scans 10000 --full-speed
 
 # What those tests and benchmarks read, in one folder that git ignores: the goldens and eight real scans.
 SHARED ?= ../shared

@@ -57,6 +57,13 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.numel() * 4 / float(np.median(seconds))
 
 
+@cache
+def multiply_adds_per_second(dtype: torch.dtype, device: str) -> float:
+    """Of a matrix product of 2048 x 2048."""
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    return 2048**3 / float(np.median([clock(lambda: a @ b, device) for _ in range(12)][2:]))
+
+
 def clock(work: Callable[[], object], device: str) -> float:
     synchronise(device)
     start = time.perf_counter()
