@@ -55,6 +55,9 @@ def bench(
     scans: Annotated[
         int | None, typer.Option(help="With --stream: how many, after 20 to warm up; 100 by default.", min=1)
     ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="With --stream: a model, as for kdmos predict; synthetic by default.")
+    ] = None,
 ) -> None:
     """Compare speed with the authors' arrangement in plain torch and numpy; or measure a stream end to end.
 
@@ -63,8 +66,8 @@ def bench(
     """
     if stream and (only is not None or rounds is not None):
         raise InputError("--only and --rounds are of the comparison op by op; --stream has --scans")
-    if scans is not None and not stream:
-        raise InputError("--scans is of --stream; the comparison op by op has --rounds")
+    if not stream and (scans is not None or checkpoint is not None):
+        raise InputError("--scans and --checkpoint are of --stream; the comparison op by op has --rounds")
     rounds = rounds or 15
     wanted = listed(only, "--only") or list(BENCHMARKS)
     unknown = [name for name in wanted if name not in BENCHMARKS]
@@ -76,7 +79,9 @@ def bench(
     folder = None if sequence is None else str(sequence)
     if stream:
         bench_stream(
-            import_module(f"{package}.bench_stream").measure(folder, device, scans=scans or 100),
+            import_module(f"{package}.bench_stream").measure(
+                folder, device, scans=scans or 100, checkpoint=checkpoint or "synthetic"
+            ),
             rows,
             device,
             append,
@@ -117,7 +122,7 @@ def bench_stream(found: Iterable[dict], rows: ModuleType, device: str, append: b
         runs.append(row)
         if append:
             rows.append("stream", row, device)
-    table = Table(title="the shipped student, from raw scan to labels in memory", show_header=False)
+    table = Table(title=f"{runs[0]['checkpoint']}, from raw scan to labels in memory", show_header=False)
     for _ in ("name", *runs):
         table.add_column(overflow="fold")  # no figure is cut off, however narrow the terminal
     table.add_row("device", *[device] * len(runs))

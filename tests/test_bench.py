@@ -56,18 +56,20 @@ def test_a_stream_end_to_end(capsys, write_sequence, tmp_path):
     for row in found:
         assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["peak_mib"] > 50
         assert row["lookahead"] == 7 and row["scans"] == "00" and row["peak_mib"] < before - 100
+        assert row["network_ms"] > 0 and row["residual_ms"] > 0
     assert found[0]["skipped"] == 0
-    assert found[0]["network_ms"] and found[1]["network_ms"] == ""
 
 
 def test_the_rows_of_a_stream_are_printed_and_kept(capsys, monkeypatch, tmp_path):
     package = bench.benchmarks_package()
     module, rows = (__import__(f"{package}.{name}", fromlist=["x"]) for name in ("bench_stream", "rows"))
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    monkeypatch.setattr(module, "measure", lambda *_, scans: [{"precision": "float32", "count": scans, "p50_ms": 1.5}])
-    assert run_main("--stream", "--scans", "7", "--append", "--device", "cpu") == 0
+    monkeypatch.setattr(
+        module, "measure", lambda *_, scans, checkpoint: [{"checkpoint": checkpoint, "count": scans, "p50_ms": 1.5}]
+    )
+    assert run_main("--stream", "--scans", "7", "--append", "--device", "cpu", "--checkpoint", "mine") == 0
     printed = capsys.readouterr().out
-    assert "1.5" in printed and "cpu" in printed
+    assert "1.5" in printed and "cpu" in printed and "mine, from raw scan" in printed
     with open(tmp_path / "stream.csv") as file:
         assert [row["count"] for row in csv.DictReader(file)] == ["7"]
 
@@ -85,7 +87,10 @@ def test_the_rows_of_a_stream_fit_a_terminal(capsys, monkeypatch):
     assert "…" not in printed and all(row[key] in printed for row in found for key in ("p50_ms", "p99_ms", "peak_mib"))
 
 
-@pytest.mark.parametrize("given", [("--stream", "--only", "dysample"), ("--stream", "--rounds", "3"), ("--scans", "3")])
+@pytest.mark.parametrize(
+    "given",
+    [("--stream", "--only", "dysample"), ("--stream", "--rounds", "3"), ("--scans", "3"), ("--checkpoint", "a")],
+)
 def test_options_of_the_other_kind_are_refused(capsys, given):
     assert run_main(*given) == 2
     assert "--stream" in capsys.readouterr().err
