@@ -73,7 +73,7 @@ def main() -> None:
         "data": arguments.data.absolute().name,
         "frames": f"{first}-{last}" if arguments.frames else "all",
         "scans": scores.pop("scans"),
-        "checkpoint": Path(arguments.checkpoint).name,
+        "checkpoint": "/".join(Path(arguments.checkpoint).parts[-2:]),  # a run's folder says more than best.safetensors
         "form": f"{model.settings.num_scans} scans" if isinstance(model, Teacher) else model.settings.motion.form,
         "lookahead": model.settings.lookahead,
         **scores,
