@@ -333,6 +333,9 @@ class Rerun:
         """A view for each thing that is shown, the telling one first; below them the curves over the scans."""
         import rerun.blueprint as layout
 
+        from_behind = layout.EyeControls3D(position=(-25, 0, 14), look_target=(8, 0, 0), eye_up=(0, 0, 1))
+        panels = layout.SelectionPanel(state="collapsed"), layout.TimePanel(state="collapsed")
+
         def view(name: str, origin: str, *entities: str, hidden: tuple[str, ...] = ()):
             return layout.Spatial3DView(
                 name=name,
@@ -340,6 +343,7 @@ class Rerun:
                 contents=["world/trajectory", "world/lidar/scan", *(f"world/lidar/{entity}" for entity in entities)],
                 overrides={f"world/lidar/{entity}": layout.EntityBehavior(visible=False) for entity in hidden},
                 background=picture.rgb(picture.PAGE)[0],
+                eye_controls=from_behind if origin == "world/lidar" else None,
             )
 
         order = [name for name in ("errors", "prediction", "truth", "residual") if name in self.names]
@@ -349,11 +353,12 @@ class Rerun:
             tabs.append(view("residual", "world/lidar", "residual", *channels, hidden=channels))
         tabs.append(view("from a fixed point", "world", *order[:1]))
         if not {"truth", "prediction"} & set(self.names):
-            return layout.Blueprint(layout.Tabs(*tabs))
+            return layout.Blueprint(layout.Tabs(*tabs), *panels)
         curves = [layout.TimeSeriesView(name="moving points", origin="moving")]
         if "errors" in self.names:
             curves.append(layout.TimeSeriesView(name="moving IoU", origin="iou"))
-        return layout.Blueprint(layout.Vertical(layout.Tabs(*tabs), layout.Horizontal(*curves), row_shares=[4, 1]))
+        shown = layout.Vertical(layout.Tabs(*tabs), layout.Horizontal(*curves), row_shares=[4, 1])
+        return layout.Blueprint(shown, *panels)
 
     def __exit__(self, kind, *_) -> None:
         if self.recording is None:
