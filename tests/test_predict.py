@@ -336,7 +336,7 @@ def test_stamped_poses(data, checkpoint, tmp_path, capsys):
     same_labels(tmp_path / "a", tmp_path / "b", "00")
     (tmp_path / "tum.txt").write_text("\n".join(rows[:3]))
     assert run(data, "--checkpoint", "rule", "--output", tmp_path / "c", "--poses", tmp_path / "tum.txt") == 2
-    assert "0.5 s outside; check that both have the same clock" in capsys.readouterr().err
+    assert "0.500 s outside; check that both have the same clock" in capsys.readouterr().err
 
 
 def test_odometry_where_there_are_no_poses(data, checkpoint, tmp_path, capsys, monkeypatch):
