@@ -157,7 +157,8 @@ class MosStream:
             stamp: Seconds. A scan that is not later than the one before it takes no part and is answered at once; the
                 fifth such scan in a row whose stamps ascend says that the clock was set back.
         Returns: The result of the scan `lookahead` scans ago, None while there is none.
-        Raises: InputError only if odometry is needed and kiss-icp is missing.
+        Raises: InputError if odometry is needed and kiss-icp is missing; TypeError or ValueError for what is no array of
+            numbers. Nothing else.
         """
         new = _Waiting(self._count, None if stamp is None else float(stamp))
         self._count += 1
@@ -214,7 +215,8 @@ class MosStream:
             if isinstance(points, Tensor):
                 scan = points.detach().to(self.device, torch.float32, copy=True)
             else:
-                scan = torch.tensor(np.asarray(points, np.float32), device=self.device)
+                with np.errstate(over="ignore"):  # what does not fit into float32 is not finite
+                    scan = torch.tensor(np.asarray(points, np.float32), device=self.device)
             # a finite sum has finite terms: on a CPU that is told in a fraction of the time
             whole = scan.device.type == "cpu" and bool(scan.sum().isfinite())
             kept = torch.ones(len(scan), dtype=torch.bool) if whole else scan.isfinite().all(1)
