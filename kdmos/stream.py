@@ -157,8 +157,8 @@ class MosStream:
             stamp: Seconds. A scan that is not later than the one before it takes no part and is answered at once; the
                 fifth such scan in a row whose stamps ascend says that the clock was set back.
         Returns: The result of the scan `lookahead` scans ago, None while there is none.
-        Raises: InputError if odometry is needed and kiss-icp is missing; TypeError or ValueError for what is no array of
-            numbers. Nothing else.
+        Raises: InputError if odometry is needed and kiss-icp is missing; TypeError or ValueError for what is no array
+            of numbers. Nothing else.
         """
         new = _Waiting(self._count, None if stamp is None else float(stamp))
         self._count += 1
