@@ -44,6 +44,17 @@ struct Vector<BFloat16> {
 };
 #endif
 
+// LeakyReLU of a slope in [0, 1]; ReLU if it is 0, of minus infinity too, where a product would be NaN.
+struct Activation {
+  explicit Activation(float slope) : factor(_mm512_set1_ps(slope)), sloped(slope == 0.0f ? 0 : 0xffff) {}
+
+  // The larger of x and slope * x; of x alone if that is NaN.
+  KDMOS_BOTH __m512 operator()(__m512 x) const { return _mm512_max_ps(_mm512_maskz_mul_ps(sloped, x, factor), x); }
+
+  __m512 factor;
+  __mmask16 sloped;
+};
+
 // kRows x kVectors * 16 sums, in registers while all inputs pass.
 template <class T, int kRows, int kVectors>
 struct Sums {
@@ -77,14 +88,11 @@ struct Sums {
   // LeakyReLU of the sums to to[row] + first, which may be of another type than the inputs.
   template <class To>
   KDMOS_BOTH void store(To* const* to, int64_t first, float slope) const {
-    const __m512 factor = _mm512_set1_ps(slope);
+    const Activation activation(slope);
 #pragma GCC unroll 32
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        // the larger of the two, as the slope is at most 1
-        store_sums(to[row] + first + v * kLanes, _mm512_max_ps(_mm512_mul_ps(sum[row][v], factor), sum[row][v]));
-      }
+      for (int v = 0; v < kVectors; ++v) store_sums(to[row] + first + v * kLanes, activation(sum[row][v]));
     }
   }
 

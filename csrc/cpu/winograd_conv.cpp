@@ -48,8 +48,8 @@ KDMOS_BOTH void transform_inputs(const T* const* pixel, int64_t c, T* to, int64_
 
 // At m A of 16 outputs of a tile, with bias and LeakyReLU; pixels beyond the image have no place to go.
 template <class T>
-KDMOS_BOTH void transform_outputs(const float* from, int64_t plane, const float* bias, float slope, T* const* pixel,
-                                  int64_t o) {
+KDMOS_BOTH void transform_outputs(const float* from, int64_t plane, const float* bias, const Activation& activation,
+                                  T* const* pixel, int64_t o) {
   __m512 row[2][4];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
@@ -57,14 +57,13 @@ KDMOS_BOTH void transform_outputs(const float* from, int64_t plane, const float*
     const __m512 m2 = load_sums(from + (8 + j) * plane), m3 = load_sums(from + (12 + j) * plane);
     row[0][j] = m0 + m1 + m2, row[1][j] = m1 - m2 - m3;
   }
-  const __m512 shift = _mm512_loadu_ps(bias + o), factor = _mm512_set1_ps(slope);
+  const __m512 shift = _mm512_loadu_ps(bias + o);
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const __m512 y[2] = {row[i][0] + row[i][1] + row[i][2] + shift, row[i][1] - row[i][2] - row[i][3] + shift};
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      // the larger of the two, as the slope is at most 1
-      if (pixel[2 * i + j]) store_sums(pixel[2 * i + j] + o, _mm512_max_ps(y[j] * factor, y[j]));
+      if (pixel[2 * i + j]) store_sums(pixel[2 * i + j] + o, activation(y[j]));
     }
   }
 }
@@ -76,7 +75,7 @@ class Convolver {
   using Block = Sums<T, kRows, 2>;
 
   Convolver(const std::vector<Part<T>>& parts, const Shape& n, const T* weight, const float* bias, float slope, T* out)
-      : parts(parts), n(n), weight(weight), bias(bias), slope(slope), out(out), zeros(n.C, T(0.0f)) {}
+      : parts(parts), n(n), weight(weight), bias(bias), activation(slope), out(out), zeros(n.C, T(0.0f)) {}
 
   void compute(int64_t first, int64_t last) {
     const int64_t most = std::max<int64_t>(1, kCache / (16 * n.C * sizeof(T)) / kRows) * kRows;
@@ -92,8 +91,8 @@ class Convolver {
         multiply(o, tiles);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const float* from = sums.data() + tile * Block::kOutputs;
-          transform_outputs(from, sum_plane, bias, slope, pixels.data() + 4 * tile, o);
-          transform_outputs(from + kLanes, sum_plane, bias, slope, pixels.data() + 4 * tile, o + kLanes);
+          transform_outputs(from, sum_plane, bias, activation, pixels.data() + 4 * tile, o);
+          transform_outputs(from + kLanes, sum_plane, bias, activation, pixels.data() + 4 * tile, o + kLanes);
         }
       }
     }
@@ -145,7 +144,7 @@ class Convolver {
   const Shape& n;
   const T* weight;
   const float* bias;
-  const float slope;
+  const Activation activation;
   T* out;
   const std::vector<T> zeros;
   int64_t rows, input_plane, sum_plane;  // tiles at a time; values of a place

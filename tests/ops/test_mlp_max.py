@@ -108,6 +108,15 @@ def test_nan_wins(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_infinity_is_cut_off_by_relu(dtype):
+    """Minus infinity becomes 0, as everything below."""
+    layers, last = [(-torch.ones(32, 1), torch.zeros(32))], torch.eye(32, dtype=dtype)
+    points = torch.tensor([[torch.inf], [-torch.inf], [1.0]])
+    found = mlp_max(points, layers, last.abs() + 1, PointOrder(torch.arange(3), torch.arange(4)))
+    assert found[:, 0].tolist() == [0, torch.inf, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_and_neighbours_do_not_change_the_result(dtype):
     layers, last = network((9, 32, 64, 128, 256), dtype)
     points, order = drawn(1000, 9), sort_by_cell(cells_of(1000, 60), 60)
