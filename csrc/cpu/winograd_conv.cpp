@@ -78,7 +78,7 @@ class Convolver {
       : parts(parts), n(n), weight(weight), bias(bias), activation(slope), out(out), zeros(n.C, T(0.0f)) {}
 
   void compute(int64_t first, int64_t last) {
-    const int64_t most = std::max<int64_t>(1, kCache / (16 * n.C * sizeof(T)) / kRows) * kRows;
+    const int64_t most = std::max<int64_t>(1, kCache / (16 * std::max<int64_t>(1, n.C) * sizeof(T)) / kRows) * kRows;
     const int64_t blocks = (last - first + most - 1) / most;
     rows = (((last - first) + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
     input_plane = rows * n.C + kPad / sizeof(T), sum_plane = rows * Block::kOutputs + kPad / sizeof(float);
