@@ -42,7 +42,7 @@ def mlp_max(points: Tensor, layers: Sequence[tuple[Tensor, Tensor]], last: Tenso
         raise ValueError(f"mlp_max: {len(points)} points, but an order of {len(order.order)}")
     weights = [weight for weight, _ in layers] + [last]
     if has_kernel(points, weights):
-        biases = [bias.float() for _, bias in layers]
+        biases = [bias.float().contiguous() for _, bias in layers]
         return torch.ops.kdmos.mlp_max(points.contiguous(), [w.contiguous() for w in weights], biases, *order)
     out = []
     points = points.index_select(0, order.order)

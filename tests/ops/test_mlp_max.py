@@ -1,6 +1,7 @@
 """A point MLP and the maximum of each cell, against the layers one by one and the plain maximum."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -114,6 +115,39 @@ def test_infinity_is_cut_off_by_relu(dtype):
     points = torch.tensor([[torch.inf], [-torch.inf], [1.0]])
     found = mlp_max(points, layers, last.abs() + 1, PointOrder(torch.arange(3), torch.arange(4)))
     assert found[:, 0].tolist() == [0, torch.inf, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "start", [[10, 20, 20, 90], [60, 60, 60, 61], [0, 0, 0, 3, 3, 100, 100, 100], [0] * 4, [100] * 4, [0], [100]]
+)
+def test_cells_that_are_empty_or_begin_late(dtype, start):
+    """At either end, on more threads than there are points in some; points before the first and after the last."""
+    layers, last = network((9, 32, 64), dtype, lambda *size, seed: whole(*size, most=1, seed=seed))
+    points, order = whole(100, 9, most=2), torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    cell = torch.full((100,), -1)
+    for m, (first, end) in enumerate(pairwise(start)):
+        cell[order[first:end]] = m
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 64):
+            torch.set_num_threads(threads)
+            found = mlp_max(points, layers, last, PointOrder(order, torch.tensor(start)))
+            assert torch.equal(found, layer_by_layer(points, layers, last, cell, len(start) - 1))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layout_does_not_matter():
+    """Every other value of something larger."""
+
+    def spread(tensor):
+        return torch.stack([tensor, tensor], -1)[..., 0]
+
+    layers, last = network((9, 32, 64, 32), torch.float32)
+    points, order = drawn(50, 9), sort_by_cell(cells_of(50, 7), 7)
+    found = mlp_max(spread(points), [(spread(w), spread(b)) for w, b in layers], spread(last), order)
+    assert torch.equal(found, mlp_max(points, layers, last, order))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
