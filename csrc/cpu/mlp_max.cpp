@@ -136,8 +136,16 @@ Tensor mlp_max(const Tensor& points, const std::vector<Tensor>& weights, const s
   STD_TORCH_CHECK(points.is_contiguous() && points.dim() == 2 && points.scalar_type() == ScalarType::Float &&
                       weights[0].scalar_type() == ScalarType::Float,
                   "mlp_max: points float32 [N, D] and a first layer of float32");
-  STD_TORCH_CHECK(order.is_contiguous() && order.numel() == points.size(0) && start.is_contiguous() && start.size(0) > 0,
-                  "mlp_max: order [N] and start [M + 1]");
+  const int64_t N = points.size(0);
+  for (const Tensor* index : {&order, &start}) {
+    STD_TORCH_CHECK(index->is_contiguous() && index->dim() == 1 && index->scalar_type() == ScalarType::Long &&
+                        (index == &order ? index->size(0) == N : index->size(0) > 0),
+                    "mlp_max: order [N] and start [M + 1], contiguous int64");
+  }
+  check_ascending("mlp_max: start", data<int64_t>(start), start.size(0), N + 1);
+  bool inside = true;
+  for (int64_t i = 0; i < N; ++i) inside &= uint64_t(data<int64_t>(order)[i]) < uint64_t(N);
+  STD_TORCH_CHECK(inside, "mlp_max: order must lie within 0 and ", N);
   const ScalarType type = weights.back().scalar_type();
   int64_t inputs = points.size(1);
   for (size_t i = 0; i < weights.size(); ++i) {

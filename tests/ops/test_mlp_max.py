@@ -206,3 +206,19 @@ def test_refuses_what_does_not_fit():
         mlp_max(drawn(5, 9), [(layers[0][0], layers[0][1][:1]), layers[1]], last, order)
     with pytest.raises(ValueError, match="mlp_max: 6 points, but an order of 5"):
         mlp_max(drawn(6, 9), layers, last, order)
+
+
+def test_the_kernel_reads_nothing_elsewhere(backend):
+    layers, last = network((9, 32, 64), torch.float32)
+    points, order, start = drawn(5, 9), torch.arange(5), torch.tensor([0, 2, 5])
+    if not has_kernel(points, [layers[0][0], last]):
+        pytest.skip("torch checks its own")
+    for wrong in ([0, 6], [3, 2, 5], [-1, 5]):
+        with pytest.raises(RuntimeError, match="mlp_max: start must ascend within 0 and 6"):
+            mlp_max(points, layers, last, PointOrder(order, torch.tensor(wrong)))
+    for wrong in (5, -1):
+        with pytest.raises(RuntimeError, match="mlp_max: order must lie within 0 and 5"):
+            mlp_max(points, layers, last, PointOrder(torch.tensor([0, 1, wrong, 3, 4]), start))
+    for wrong in (PointOrder(order.int(), start), PointOrder(order, start.int()), PointOrder(order, start[:0])):
+        with pytest.raises(RuntimeError, match=r"mlp_max: order \[N\] and start \[M \+ 1\], contiguous int64"):
+            mlp_max(points, layers, last, wrong)
