@@ -45,9 +45,9 @@ def winograd_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def winograd_conv(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, slope: float = 1.0) -> Tensor:
     """3x3 convolution, circular in phi, zeros beyond rho, with LeakyReLU: of 2x2 outputs at a time.
 
-    Equal to the convolution but for rounding. In bfloat16 the transformed inputs are rounded once more than it does;
-    products are added in float32, the result is rounded once. For inference: there is no gradient. Under autocast:
-    unchanged.
+    Equal to the convolution but for rounding; where that sees infinity, it may be NaN. In bfloat16 the transformed
+    inputs are rounded once more than it does; products are added in float32, the result is rounded once. For inference:
+    there is no gradient. Under autocast: unchanged.
 
     Args:
         parts: float [B, C_i, R_i, A_i], one image together as in `wrap_around`; of one type. Channels last is fastest.
@@ -63,9 +63,11 @@ def winograd_conv(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, slope: 
         raise ValueError(f"winograd_conv: parts {[list(p.shape) for p in parts]} do not fit the first of them")
     channels, step = sum(part.shape[1] for part in parts), STEP.get(weight.dtype, 1)
     shape = (16, bias.numel() // OUTPUTS, channels // step, OUTPUTS, step)
-    if weight.shape != shape or any(part.dtype != weight.dtype for part in parts):
-        got = f"{list(weight.shape)} {weight.dtype} and {[part.dtype for part in parts]}"
+    if weight.shape != shape or channels % step or any(part.dtype != weight.dtype for part in parts):
+        got = f"{list(weight.shape)} {weight.dtype} and {channels} channels of {[part.dtype for part in parts]}"
         raise ValueError(f"winograd_conv: expected transformed weight {list(shape)} of the parts' type, got {got}")
+    if bias.shape != (shape[1] * OUTPUTS,):
+        raise ValueError(f"winograd_conv: expected bias [{shape[1] * OUTPUTS}], got {list(bias.shape)}")
     if not 0 <= slope <= 1:
         raise ValueError(f"winograd_conv: slope must be in [0, 1], got {slope}")
     if can_winograd(parts, bias.numel()):

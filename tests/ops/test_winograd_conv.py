@@ -138,6 +138,13 @@ def test_refuses_what_does_not_fit():
             winograd_conv(parts, weight, bias)
     with pytest.raises(ValueError, match=r"expected transformed weight \[16, 2, 32, 32, 1\]"):
         winograd_conv([x], weight, torch.zeros(64))
+    for wrong in (40, 63):
+        with pytest.raises(ValueError, match=rf"winograd_conv: expected bias \[32\], got \[{wrong}\]"):
+            winograd_conv([x], weight, torch.zeros(wrong))
+    with pytest.raises(ValueError, match=r"expected transformed weight .* and 33 channels of"):
+        winograd_conv(
+            [torch.zeros(1, 33, 3, 4).bfloat16()], winograd_weight(torch.zeros(32, 32, 3, 3), torch.bfloat16), bias
+        )
     with pytest.raises(ValueError, match=r"winograd_conv: slope must be in \[0, 1\], got 2"):
         winograd_conv([x], weight, bias, 2)
     for shape in ((40, 32, 3, 3), (32, 24, 3, 3), (32, 32, 1, 1)):
