@@ -96,7 +96,7 @@ void of_cells(const float* points, const Layer<float>& input, const std::vector<
         while (start[m + 1] <= point) ++m;
         from[row] = points + order[point] * input.inputs;
         to[row] = out + m * C;
-        goes_on[row] = row < count && point == start[m] ? 0 : 0xffff;
+        goes_on[row] = point == start[m] ? 0 : 0xffff;
       }
       // 2) all layers but the last
       input.apply(from, rows, [&](const auto& sums, int64_t first, int64_t row) {
