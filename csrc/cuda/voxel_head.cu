@@ -153,7 +153,9 @@ __global__ void __launch_bounds__(kSumThreads)
   F* part = parts + int64_t(blockIdx.x) * size;
   F* sum = kShared ? reinterpret_cast<F*>(memory) : part;  // more than shared memory holds: where it is wanted
   for (int64_t i = threadIdx.x; i < size; i += kSumThreads) sum[i] = F(0);
-  const int64_t begin = n.V * int64_t(blockIdx.x) / gridDim.x, end = n.V * (int64_t(blockIdx.x) + 1) / gridDim.x;
+  const int64_t begin = n.V * int64_t(blockIdx.x) / gridDim.x;
+  int64_t end = n.V * (int64_t(blockIdx.x) + 1) / gridDim.x;
+  while (end > begin && voxel[end - 1] >= n.places * n.Z) --end;  // padding, which has no features
   for (int64_t first = begin; first < end; first += kTile) {
     const int tile = int(min(int64_t(kTile), end - first));
     __syncthreads();  // the tile before is used up, the sums are zero
