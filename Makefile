@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: test demo setup lint clean gpu gpu-pack
+.PHONY: test demo setup lint clean gpu gpu-pack cuda-on-host
 
 test: setup lint
 	$(BIN)/python -m pytest --cov --cov-report=term
@@ -27,6 +27,11 @@ gpu:
 	    $(PYTHON) -m benchmarks.bench_$$name $(GPU_PACK)/realdata/kitti-raw-0005-a --device cuda || exit 1; done
 	$(PYTHON) -m benchmarks.bench_stream $(GPU_PACK)/realdata/kitti-raw-0005-a --device cuda --precision bfloat16 \
 	    --scans 10000 --full-speed
+
+# Without a GPU: the CUDA kernels' source compiled for the CPU (x86-64), threads as fibers, and the op tests on it.
+cuda-on-host: setup
+	$(BIN)/python tests/cuda_on_host/build.py build/cuda_on_host
+	KDMOS_CUDA_ON_HOST=build/cuda_on_host/kernels.so $(BIN)/python -m pytest -q tests/ops
 
 # What those tests and benchmarks read, in one folder that git ignores: the goldens and eight real scans.
 SHARED ?= ../shared

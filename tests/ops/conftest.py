@@ -1,5 +1,9 @@
-"""Every op test runs on every backend that is here, the CUDA kernels included: their inputs go there and back."""
+"""Every op test runs on every backend that is here, the CUDA kernels included: their inputs go there and back.
 
+Where KDMOS_CUDA_ON_HOST names a library of tests/cuda_on_host/build.py, the kernels run on the CPU instead.
+"""
+
+import os
 from contextlib import ExitStack
 
 import pytest
@@ -25,7 +29,22 @@ class OnDevice(TorchDispatchMode):
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), op(*there[0], **there[1]))
 
 
+class OnHost(TorchDispatchMode):
+    """Runs the CUDA ops' source on the CPU, in place of the native ops."""
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        name = op._schema.name.split("::")[1]
+        has_twin = op.namespace == "kdmos" and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"kdmos_host::{name}", "CPU"
+        )
+        op = getattr(torch.ops.kdmos_host, name) if has_twin else op
+        return op(*arguments, **(options or {}))
+
+
 def backends():
+    if library := os.environ.get("KDMOS_CUDA_ON_HOST"):
+        torch.ops.load_library(library)
+        return ["cuda"]
     return [*native.BACKENDS, *(["cuda"] if "cuda" in native.DEVICES and torch.cuda.is_available() else [])]
 
 
@@ -37,7 +56,7 @@ def backend(request):
     with ExitStack() as stack:
         stack.enter_context(native.backend("reference" if request.param == "reference" else "native"))
         if request.param == "cuda":
-            stack.enter_context(OnDevice("cuda"))
+            stack.enter_context(OnHost() if "KDMOS_CUDA_ON_HOST" in os.environ else OnDevice("cuda"))
         yield request.param
 
 
