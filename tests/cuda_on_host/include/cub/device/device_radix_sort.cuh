@@ -1,3 +1,4 @@
+// CUB's radix sort, as a stable sort on the host.
 #pragma once
 #include <cuda_runtime.h>
 #include <algorithm>

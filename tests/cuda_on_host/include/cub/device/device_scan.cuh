@@ -1,3 +1,4 @@
+// CUB's prefix sum, as a loop on the host.
 #pragma once
 #include <cuda_runtime.h>
 namespace cub {

@@ -1,3 +1,4 @@
+// Thrust's counting iterator, as far as the kernels use it.
 #pragma once
 namespace thrust {
 template <class T> struct counting_iterator { T base; T operator[](long i) const { return T(base + i); } };
