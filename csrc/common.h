@@ -86,6 +86,19 @@ void for_floating(const char* op, ScalarType dtype, const Body& body) {
   }
 }
 
+// Refuses a tensor that a kernel would read wrongly: on another device than `beside`, of another type or size (-1: any),
+// or with holes.
+inline void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                         std::initializer_list<int64_t> size, const Tensor& beside) {
+  STD_TORCH_CHECK(tensor.is_cuda() == beside.is_cuda() && tensor.get_device_index() == beside.get_device_index(), op,
+                  ": ", name, " lies on another device than the rest");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " is of another type than it must be");
+  bool fits = tensor.dim() == int64_t(size.size()) && tensor.is_contiguous();
+  int64_t axis = 0;
+  for (int64_t wanted : size) fits = fits && (wanted < 0 || tensor.size(axis) == wanted), ++axis;
+  STD_TORCH_CHECK(fits, op, ": ", name, " is of another shape than it must be, or not contiguous");
+}
+
 inline Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
   return torch::stable::new_empty(like, std::vector<int64_t>(size), dtype);
 }
