@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def("mlp_max(Tensor points, Tensor[] weights, Tensor[] biases, Tensor order, Tensor start) -> Tensor");
   m.def("cells_to_bev(Tensor values, Tensor cells, int num_places) -> Tensor");
   m.def(
-      "height_residual(Tensor[] scans, Tensor transforms, int[] bins, float[] limits, int[] windows, int[] read) -> "
-      "Tensor");
+      "height_residual(Tensor[] scans, Tensor transforms, int[] bins, float[] limits, int[] windows, int[] read, "
+      "Tensor(a!)[] out, int[] channels) -> ()");
   m.def(
       "height_residual_sequence(Tensor[] scans, Tensor transforms, int[] bins, float[] limits) -> Tensor");
   m.def("dysample(Tensor x, Tensor offset, int scale, int groups, bool circular) -> Tensor");
