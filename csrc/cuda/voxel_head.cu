@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 256;     // teams of lanes that share nothing but the weights: any full size would do
 constexpr int kBlocks = 3;        // of a multiprocessor, at least: enough warps, and no registers spilled
 constexpr int kClasses = 4;       // logits of a voxel that are summed while its features pass once
-constexpr int kSumThreads = 128;  // about one for each of the C * (D + 1) sums of a height
+constexpr int kSumThreads = 256;  // at most: one for each of the C * (D + 1) sums of a height, 132 of the student
 constexpr int kTile = 128;        // voxels whose places are worked out once for all those threads
 constexpr int kBatch = 8;         // of them, whose loads are under way at the same time
 constexpr int kRows = 8;          // runs of parts that are summed side by side
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // Parts of the gradient of weight and bias, [parts, Z * C, D + 1] with the bias as column D, whose feature is 1.
 //
 // A block sums its share of the voxels in their order. A thread keeps the same class and column for all heights, so
-// that no two threads add to the same sum.
+// that no two threads add to the same sum; how many threads there are does not change it.
 template <class T, bool kShared>
 __global__ void __launch_bounds__(kSumThreads)
     weight_parts_kernel(const wide_t<T>* __restrict__ up, const T* __restrict__ feature,
@@ -152,19 +152,19 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t columns = n.D + 1, size = n.Z * n.C * columns;
   F* part = parts + int64_t(blockIdx.x) * size;
   F* sum = kShared ? reinterpret_cast<F*>(memory) : part;  // more than shared memory holds: where it is wanted
-  for (int64_t i = threadIdx.x; i < size; i += kSumThreads) sum[i] = F(0);
+  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) sum[i] = F(0);
   const int64_t begin = n.V * int64_t(blockIdx.x) / gridDim.x;
   int64_t end = n.V * (int64_t(blockIdx.x) + 1) / gridDim.x;
   while (end > begin && voxel[end - 1] >= n.places * n.Z) --end;  // padding, which has no features
   for (int64_t first = begin; first < end; first += kTile) {
     const int tile = int(min(int64_t(kTile), end - first));
     __syncthreads();  // the tile before is used up, the sums are zero
-    for (int t = threadIdx.x; t < tile; t += kSumThreads) {
+    for (int t = threadIdx.x; t < tile; t += blockDim.x) {
       row[t] = voxel[first + t] / n.Z * n.D;
       line[t] = voxel[first + t] % n.Z * n.C * columns;
     }
     __syncthreads();
-    for (int64_t q = threadIdx.x; q < n.C * columns; q += kSumThreads) {
+    for (int64_t q = threadIdx.x; q < n.C * columns; q += blockDim.x) {
       const int64_t c = q / columns, d = q % columns;
       for (int t = 0; t < tile; t += kBatch) {
         F g[kBatch], x[kBatch];
@@ -183,8 +183,14 @@ __global__ void __launch_bounds__(kSumThreads)
   }
   if constexpr (kShared) {
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < size; i += kSumThreads) part[i] = sum[i];
+    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) part[i] = sum[i];
   }
+}
+
+// Whole warps for `sums` sums, each as often at work as the others where they are more than a block has threads.
+unsigned int sum_threads(int64_t sums) {
+  const int64_t rounds = (sums + kSumThreads - 1) / kSumThreads;
+  return unsigned(((sums + rounds - 1) / rounds + 31) / 32 * 32);
 }
 
 // The parts in order, in kRows runs, then the runs; a warp for 32 sums, so that its loads are neighbours.
@@ -249,11 +255,12 @@ std::tuple<Tensor, Tensor, Tensor> voxel_head_backward(const Tensor& gradient, c
     const int64_t wanted = std::min({kParts, n.V / kPartVoxels, kPartBytes / part_bytes});
     const int64_t num_parts = std::max<int64_t>(1, wanted);
     Tensor parts = empty_as(weight, {num_parts, size}, weight.scalar_type());
+    const unsigned int threads = sum_threads(n.C * (n.D + 1));
     if (part_bytes <= kSharedBytes) {
-      weight_parts_kernel<T, true><<<unsigned(num_parts), kSumThreads, size_t(part_bytes), stream>>>(
+      weight_parts_kernel<T, true><<<unsigned(num_parts), threads, size_t(part_bytes), stream>>>(
           up, feature, voxel, n, mutable_data<F>(parts));
     } else {
-      weight_parts_kernel<T, false><<<unsigned(num_parts), kSumThreads, 0, stream>>>(
+      weight_parts_kernel<T, false><<<unsigned(num_parts), threads, 0, stream>>>(
           up, feature, voxel, n, mutable_data<F>(parts));
     }
     STD_CUDA_KERNEL_LAUNCH_CHECK();
