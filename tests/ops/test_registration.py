@@ -53,6 +53,7 @@ def samples():
         "polar_scatter": (rows, *order),
         "polar_scatter_backward": (random(7, 5), torch.zeros(7, 5, dtype=torch.int64), *order, 50),
         "polar_scatter_bev": (rows.detach(), *order, torch.arange(7) * 2, 20),
+        "cell_max": (rows.detach(), *order),
         "cells_to_bev": (random(7, 5, grad=True), torch.arange(7) * 2, 20),
         "height_residual": (scans, eye.repeat(4, 1, 1), *LIMITS, [2, 4, 0, 2], [0, 4]),
         "height_residual_sequence": (scans, eye.repeat(3, 2, 1, 1), *LIMITS),
