@@ -3,6 +3,8 @@
 // Least work: D features a cell and C logits a voxel moved, C * D multiply-adds a voxel; backward the dense gradient of
 // the features written once and twice the multiply-adds. With D = 32 and C = 3 a voxel takes 192 operations for 20
 // bytes and its share of a cell's 128: bytes decide. The weights (12 kB there) stay in L1.
+//
+// What `voxels` holds is not read on the host: those outside of the grid are skipped.
 #include <algorithm>
 
 #include "vectors.cuh"
@@ -28,11 +30,11 @@ struct Shape {
 
 Shape shape_of(const Tensor& features, const Tensor& voxels, const Tensor& weight, int64_t heights) {
   STD_TORCH_CHECK(features.dim() == 4 && weight.dim() == 2 && weight.size(1) == features.size(1) &&
-                      weight.size(0) % heights == 0 && weight.is_contiguous(),
+                      heights > 0 && weight.size(0) % heights == 0,
                   "voxel_head: features [B, D, R, A] and weight [Z * classes, D]");
   const bool is_double = features.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(weight.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-                  "voxel_head: weight must be float32, or float64 for float64 features");
+  check_tensor("voxel_head", "weight", weight, is_double ? ScalarType::Double : ScalarType::Float, {-1, -1}, features);
+  check_tensor("voxel_head", "voxels", voxels, ScalarType::Long, {-1}, features);
   const int64_t places = features.size(0) * features.size(2) * features.size(3);
   return {places, features.size(1), heights, weight.size(0) / heights, voxels.size(0)};
 }
@@ -88,7 +90,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 Tensor voxel_head(const Tensor& features, const Tensor& voxels, const Tensor& weight, const Tensor& bias,
                   int64_t heights) {
+  STD_TORCH_CHECK(features.is_cuda(), "voxel_head: features on the GPU");
   const Shape n = shape_of(features, voxels, weight, heights);
+  check_tensor("voxel_head", "bias", bias, weight.scalar_type(), {n.Z * n.C}, features);
   const OnDevice device(features);
   Tensor logits = empty_as(features, {n.V, n.C}, weight.scalar_type());
   if (n.V == 0 || n.C == 0) return logits;
@@ -117,11 +121,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int teams = kThreads / width, team = int(threadIdx.x) / width, lane = int(threadIdx.x) % width;
   const int64_t stride = int64_t(gridDim.x) * teams;
   for (int64_t first = int64_t(blockIdx.x) * teams + team; first < n.V; first += stride) {
+    if (uint64_t(voxel[first]) >= uint64_t(n.places * n.Z)) continue;
     const int64_t place = voxel[first] / n.Z, floor = place * n.Z;  // the voxel of its lowest height
-    if ((first > 0 && voxel[first - 1] >= floor) || uint64_t(place) >= uint64_t(n.places)) continue;
+    if (first > 0 && uint64_t(voxel[first - 1] - floor) < uint64_t(n.Z)) continue;
     for (int64_t d = lane * kVector; d < n.D; d += width * kVector) {
       F sum[kVector] = {};
-      for (int64_t v = first; v < n.V && voxel[v] - floor < n.Z; ++v) {
+      for (int64_t v = first; v < n.V && uint64_t(voxel[v] - floor) < uint64_t(n.Z); ++v) {
         const int64_t k = (voxel[v] - floor) * n.C;
         for (int64_t c = 0; c < n.C; ++c) {
           const Vec<F, kVector> line = load<kVector>(w + (k + c) * n.D + d);
@@ -160,8 +165,10 @@ __global__ void __launch_bounds__(kSumThreads)
     const int tile = int(min(int64_t(kTile), end - first));
     __syncthreads();  // the tile before is used up, the sums are zero
     for (int t = threadIdx.x; t < tile; t += blockDim.x) {
-      row[t] = voxel[first + t] / n.Z * n.D;
-      line[t] = voxel[first + t] % n.Z * n.C * columns;
+      const int64_t at = voxel[first + t];
+      const bool inside = uint64_t(at) < uint64_t(n.places * n.Z);
+      row[t] = inside ? at / n.Z * n.D : 0;
+      line[t] = inside ? at % n.Z * n.C * columns : -1;
     }
     __syncthreads();
     for (int64_t q = threadIdx.x; q < n.C * columns; q += blockDim.x) {
@@ -176,7 +183,7 @@ __global__ void __launch_bounds__(kSumThreads)
         }
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-          if (t + b < tile) sum[line[t + b] + q] += g[b] * x[b];
+          if (t + b < tile && line[t + b] >= 0) sum[line[t + b] + q] += g[b] * x[b];
         }
       }
     }
@@ -222,9 +229,9 @@ __global__ void __launch_bounds__(32 * kRows)
 
 std::tuple<Tensor, Tensor, Tensor> voxel_head_backward(const Tensor& gradient, const Tensor& features,
                                                        const Tensor& voxels, const Tensor& weight, int64_t heights) {
+  STD_TORCH_CHECK(features.is_cuda(), "voxel_head: features on the GPU");
   const Shape n = shape_of(features, voxels, weight, heights);
-  STD_TORCH_CHECK(gradient.numel() == n.V * n.C && gradient.scalar_type() == weight.scalar_type(),
-                  "voxel_head_backward: gradient [V, classes] in the weight's type");
+  check_tensor("voxel_head_backward", "gradient", gradient, weight.scalar_type(), {n.V, n.C}, features);
   const OnDevice device(features);
   const cudaStream_t stream = device.stream();
   Tensor to_features =
