@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def("sort_by_cell(Tensor cell, int num_cells) -> (Tensor order, Tensor start)");
   m.def("voxel_label(Tensor labels, Tensor order, Tensor voxel_start, int num_classes) -> Tensor");
   m.def("polar_scatter(Tensor features, Tensor? order, Tensor start) -> (Tensor maximum, Tensor argmax)");
+  m.def("cell_max(Tensor features, Tensor? order, Tensor start) -> Tensor");
   m.def(
       "polar_scatter_backward(Tensor gradient, Tensor argmax, Tensor? order, Tensor start, int num_points) -> Tensor");
   m.def(

@@ -8,7 +8,7 @@ from kdmos.ops.mlp_max import mlp_max
 from kdmos.ops.native import backend
 from kdmos.ops.norm_activation import norm_activation, norm_activation_again, norm_activation_backward
 from kdmos.ops.polar_grid import GriddedPoints, PointOrder, polar_grid
-from kdmos.ops.polar_scatter import cells_to_bev, linear_max, polar_scatter, polar_scatter_bev
+from kdmos.ops.polar_scatter import cell_max, cells_to_bev, linear_max, polar_scatter, polar_scatter_bev
 from kdmos.ops.selective_scan import selective_scan
 from kdmos.ops.serialization import CURVES, curve_code
 from kdmos.ops.submanifold_conv import Neighbours, find_neighbours, submanifold_conv
@@ -27,6 +27,7 @@ __all__ = [
     "can_mask",
     "can_winograd",
     "cell_distance",
+    "cell_max",
     "cells_to_bev",
     "co_attention",
     "curve_code",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdmos.ops import native
 from kdmos.ops.polar_grid import PointOrder
-from kdmos.ops.polar_scatter import chunks, sorted_max
+from kdmos.ops.polar_scatter import chunks, joined, sorted_max
 
 OUTPUTS = 32  # of a layer, that the native kernel takes at a time
 
@@ -49,7 +49,7 @@ def mlp_max(points: Tensor, layers: Sequence[tuple[Tensor, Tensor]], last: Tenso
     for first, end, begin, stop in chunks(order.start):
         x = point_mlp(points[begin:stop], layers, last)
         out.append(sorted_max(x, order.start[first : end + 1] - begin))
-    return torch.cat(out)
+    return joined(out)
 
 
 def has_kernel(points: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -112,6 +112,13 @@ def polar_scatter(features: Tensor, cell: Tensor, num_cells: int) -> tuple[Tenso
     return CellMaximum.apply(features, cell, num_cells)
 
 
+def cell_max(features: Tensor, order: Tensor | None, start: Tensor) -> Tensor:
+    row = torch.arange(len(features), device=features.device)
+    cell = torch.searchsorted(start, row, right=True) - 1  # the last that does not start after the row
+    features = features if order is None else features.index_select(0, order)
+    return polar_scatter(features, cell, len(start) - 1)[0]
+
+
 def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid) -> Tensor:
     rings, sectors, _ = grid.bins
     places = num_scans * rings * sectors
