@@ -15,7 +15,10 @@ from kdmos.ops import native
 
 
 class OnDevice(TorchDispatchMode):
-    """Runs the native ops, forward and backward, on another device than that of their tensors."""
+    """Runs the native ops, forward and backward, on another device than that of their tensors.
+
+    What they write in place comes back. Pinned tensors stay where they are.
+    """
 
     def __init__(self, device):
         super().__init__()
@@ -25,8 +28,15 @@ class OnDevice(TorchDispatchMode):
         if op.namespace != "kdmos":
             return op(*arguments, **(options or {}))
         self.calls += 1
-        there = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), (arguments, options or {}))
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), op(*there[0], **there[1]))
+        there = tree_map_only(torch.Tensor, self.to_device, (arguments, options or {}))
+        out = op(*there[0], **there[1])
+        for argument, ours, theirs in zip(op._schema.arguments, arguments, there[0]):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                ours.copy_(theirs)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), out)
+
+    def to_device(self, tensor):
+        return tensor if tensor.is_pinned() else tensor.to(self.device)
 
 
 class OnHost(TorchDispatchMode):
