@@ -1,6 +1,7 @@
 """The operations of the hot path, one file each; `reference` is their specification in plain torch."""
 
 from kdmos.ops.co_attention import co_attention
+from kdmos.ops.copy_scan import copy_scan
 from kdmos.ops.dysample import dysample
 from kdmos.ops.height_residual import height_residual, height_residual_sequence
 from kdmos.ops.masked_conv import can_mask, cell_distance, masked_conv
@@ -29,6 +30,7 @@ __all__ = [
     "cell_distance",
     "cells_to_bev",
     "co_attention",
+    "copy_scan",
     "curve_code",
     "dysample",
     "find_neighbours",

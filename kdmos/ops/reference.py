@@ -15,6 +15,13 @@ from torch import Tensor
 from kdmos.settings import PolarGrid, ResidualGrid
 
 
+def copy_scan(points: Tensor, out: Tensor, most: float) -> Tensor:
+    finite, remission = points.isfinite().all(1), points[:, 3]
+    odd = finite & ((remission < 0) | (remission > most))
+    out.copy_(points.masked_fill(~finite[:, None], math.nan))
+    return torch.stack([(~finite).sum(), odd.sum()])
+
+
 def scan_index(offsets: Tensor, num_points: int) -> Tensor:
     """Scan of each point, int64 [N]."""
     scans = torch.arange(offsets.numel() - 1, device=offsets.device)
