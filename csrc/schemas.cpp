@@ -33,6 +33,8 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
       "wdcd_loss(Tensor student, Tensor teacher, Tensor labels, Tensor tables, Tensor? offsets, float temperature, "
       "int normaliser, float floor, bool with_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("copy_scan(Tensor points, Tensor(a!) out, float most) -> Tensor");
+  m.def(
+      "label_points(Tensor logits, int moving, int[] raw, Tensor(a!) labels, Tensor(b!) probability) -> ()");
   m.def("add_rows(Tensor(a!) to, Tensor index, Tensor rows) -> ()");
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor skip, Tensor? gate, "

@@ -4,6 +4,7 @@ from kdmos.ops.co_attention import co_attention
 from kdmos.ops.copy_scan import copy_scan
 from kdmos.ops.dysample import dysample
 from kdmos.ops.height_residual import height_residual, height_residual_sequence
+from kdmos.ops.label_points import label_points
 from kdmos.ops.masked_conv import can_mask, cell_distance, masked_conv
 from kdmos.ops.mlp_max import mlp_max
 from kdmos.ops.native import backend
@@ -36,6 +37,7 @@ __all__ = [
     "find_neighbours",
     "height_residual",
     "height_residual_sequence",
+    "label_points",
     "linear_max",
     "masked_conv",
     "mlp_max",

@@ -22,6 +22,11 @@ def copy_scan(points: Tensor, out: Tensor, most: float) -> Tensor:
     return torch.stack([(~finite).sum(), odd.sum()])
 
 
+def label_points(logits: Tensor, moving: int, raw: Sequence[int], labels: Tensor, probability: Tensor) -> None:
+    labels.copy_(torch.tensor(raw, device=logits.device)[logits.argmax(1)])
+    probability.copy_(logits.softmax(1)[:, moving])
+
+
 def scan_index(offsets: Tensor, num_points: int) -> Tensor:
     """Scan of each point, int64 [N]."""
     scans = torch.arange(offsets.numel() - 1, device=offsets.device)

@@ -55,6 +55,13 @@ def samples():
         "polar_scatter_bev": (rows.detach(), *order, torch.arange(7) * 2, 20),
         "cells_to_bev": (random(7, 5, grad=True), torch.arange(7) * 2, 20),
         "copy_scan": (cloud(20), torch.zeros(20, 4), 2.0),
+        "label_points": (
+            random(50, 4).float(),
+            3,
+            [0, 9, 250, 251],
+            torch.zeros(50, dtype=torch.uint32),
+            torch.zeros(50),
+        ),
         "height_residual": (scans, eye.repeat(4, 1, 1), *LIMITS, [2, 4, 0, 2], [0, 4]),
         "height_residual_sequence": (scans, eye.repeat(3, 2, 1, 1), *LIMITS),
         "selective_scan": (*scan, torch.tensor([0, 20, 70]), True),
