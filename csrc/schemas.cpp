@@ -35,6 +35,7 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def("copy_scan(Tensor points, Tensor(a!) out, float most) -> Tensor");
   m.def(
       "label_points(Tensor logits, int moving, int[] raw, Tensor(a!) labels, Tensor(b!) probability) -> ()");
+  m.def("bias_activation(Tensor(a!) x, Tensor bias, float slope) -> ()");
   m.def("add_rows(Tensor(a!) to, Tensor index, Tensor rows) -> ()");
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor skip, Tensor? gate, "

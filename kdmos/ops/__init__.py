@@ -1,5 +1,6 @@
 """The operations of the hot path, one file each; `reference` is their specification in plain torch."""
 
+from kdmos.ops.bias_activation import bias_activation
 from kdmos.ops.co_attention import co_attention
 from kdmos.ops.copy_scan import copy_scan
 from kdmos.ops.dysample import dysample
@@ -26,6 +27,7 @@ __all__ = [
     "Neighbours",
     "PointOrder",
     "backend",
+    "bias_activation",
     "can_mask",
     "can_winograd",
     "cell_distance",

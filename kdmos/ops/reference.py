@@ -295,6 +295,12 @@ def co_attention(
     return tuple(image.contiguous(memory_format=torch.channels_last) for image in results)
 
 
+def bias_activation(x: Tensor, bias: Tensor, slope: float) -> None:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    (bias,) = by_channel(x, bias.to(wide))
+    x.copy_(F.leaky_relu(x.to(wide) + bias, slope))
+
+
 def by_channel(x: Tensor, *values: Tensor) -> list[Tensor]:
     """Values [C] against x [P, C] or [B, C, R, A]."""
     return [value.view(1, -1, *[1] * (x.ndim - 2)) for value in values]

@@ -62,6 +62,7 @@ def samples():
             torch.zeros(50, dtype=torch.uint32),
             torch.zeros(50),
         ),
+        "bias_activation": (image(2, 3, 4, 5), random(3), 0.01),
         "height_residual": (scans, eye.repeat(4, 1, 1), *LIMITS, [2, 4, 0, 2], [0, 4]),
         "height_residual_sequence": (scans, eye.repeat(3, 2, 1, 1), *LIMITS),
         "selective_scan": (*scan, torch.tensor([0, 20, 70]), True),
