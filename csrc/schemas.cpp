@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def("mlp_max(Tensor points, Tensor[] weights, Tensor[] biases, Tensor order, Tensor start) -> Tensor");
   m.def("cells_to_bev(Tensor values, Tensor cells, int num_places) -> Tensor");
   m.def(
+      "cells_to_image(Tensor values, Tensor cells, Tensor factor, Tensor background, int num_places, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
       "height_residual(Tensor[] scans, Tensor transforms, int[] bins, float[] limits, int[] windows, int[] read) -> "
       "Tensor");
   m.def(

@@ -1,6 +1,7 @@
 """The operations of the hot path, one file each; `reference` is their specification in plain torch."""
 
 from kdmos.ops.bias_activation import bias_activation
+from kdmos.ops.cells_to_image import cells_to_image
 from kdmos.ops.co_attention import co_attention
 from kdmos.ops.copy_scan import copy_scan
 from kdmos.ops.dysample import dysample
@@ -32,6 +33,7 @@ __all__ = [
     "can_winograd",
     "cell_distance",
     "cells_to_bev",
+    "cells_to_image",
     "co_attention",
     "copy_scan",
     "curve_code",

@@ -129,6 +129,23 @@ def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid)
     return dense.view(num_scans, rings, sectors, -1).permute(0, 3, 1, 2)  # [B, C, R, A]
 
 
+def cells_to_image(
+    values: Tensor,
+    cells: Tensor,
+    factor: Tensor,
+    background: Tensor,
+    num_scans: int,
+    grid: PolarGrid,
+    dtype: torch.dtype,
+) -> Tensor:
+    rings, sectors, _ = grid.bins
+    places = num_scans * rings * sectors
+    rows = torch.addcmul(background, values.float(), factor).to(dtype)
+    dense = background.to(dtype).repeat(places + 1, 1)
+    dense = dense.index_copy(0, cells.clamp(max=places), rows)[:places]  # last row: padding
+    return dense.view(num_scans, rings, sectors, values.shape[1]).permute(0, 3, 1, 2)  # [B, C, R, A]
+
+
 def project(xyz: Tensor, grid: ResidualGrid) -> tuple[Tensor, Tensor]:
     """Residual cell of each point, int64 [N], and whether it lies on the grid at all, bool [N]."""
     x, y, z = xyz.unbind(1)

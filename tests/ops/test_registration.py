@@ -54,6 +54,14 @@ def samples():
         "polar_scatter_backward": (random(7, 5), torch.zeros(7, 5, dtype=torch.int64), *order, 50),
         "polar_scatter_bev": (rows.detach(), *order, torch.arange(7) * 2, 20),
         "cells_to_bev": (random(7, 5, grad=True), torch.arange(7) * 2, 20),
+        "cells_to_image": (
+            random(7, 5, dtype=torch.float32),
+            torch.arange(7) * 2,
+            random(5, seed=1, dtype=torch.float32),
+            random(5, seed=2, dtype=torch.float32),
+            20,
+            torch.bfloat16,
+        ),
         "copy_scan": (cloud(20), torch.zeros(20, 4), 2.0),
         "label_points": (
             random(50, 4).float(),
