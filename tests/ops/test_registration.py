@@ -66,6 +66,23 @@ def samples():
             [torch.zeros(20, 3), torch.zeros(20, 1)],
             [2, 0],
         ),
+        "cells_to_image": (
+            random(7, 5, dtype=torch.float32),
+            torch.arange(7) * 2,
+            random(5, seed=1, dtype=torch.float32),
+            random(5, seed=2, dtype=torch.float32),
+            20,
+            torch.bfloat16,
+        ),
+        "copy_scan": (cloud(20), torch.zeros(20, 4), 2.0),
+        "label_points": (
+            random(50, 4).float(),
+            3,
+            [0, 9, 250, 251],
+            torch.zeros(50, dtype=torch.uint32),
+            torch.zeros(50),
+        ),
+        "bias_activation": (image(2, 3, 4, 5), random(3), 0.01),
         "height_residual_sequence": (scans, eye.repeat(3, 2, 1, 1), *LIMITS),
         "selective_scan": (*scan, torch.tensor([0, 20, 70]), True),
         "selective_scan_backward": (
