@@ -142,7 +142,7 @@ class LinearMax(torch.autograd.Function):
         maxima, ctx.chunks, argmax = [], chunks(start), []
         for first, last, begin, end in ctx.chunks:
             product = rows[begin:end] @ weight.T
-            maximum, point = torch.ops.kdmos.polar_scatter(product, None, start[first : last + 1] - begin)
+            maximum, point = torch.ops.kdmos.polar_scatter(product, None, chunk_start(start, first, last, begin))
             maxima.append(maximum)
             argmax.append(point.int())
         ctx.save_for_backward(rows, weight, start, *argmax)
@@ -155,7 +155,7 @@ class LinearMax(torch.autograd.Function):
         gradient = gradient.contiguous()
         for (first, last, begin, end), point in zip(ctx.chunks, argmax):
             product = torch.ops.kdmos.polar_scatter_backward(
-                gradient[first:last], point.long(), None, start[first : last + 1] - begin, end - begin
+                gradient[first:last], point.long(), None, chunk_start(start, first, last, begin), end - begin
             )
             torch.mm(product, weight, out=to_rows[begin:end])
             to_weight += product.T @ rows[begin:end]
@@ -180,6 +180,12 @@ def chunks(start: Tensor) -> list[tuple[int, int, int, int]]:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """The parts one after the other, at least one; a single one as it is, which torch would copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def chunk_start(start: Tensor, first: int, last: int, begin: int) -> Tensor:
+    """Where the cells of a chunk start in its own rows, which begin at row `begin`."""
+    start = start[first : last + 1]
+    return start - begin if begin else start  # on a GPU one launch less
 
 
 @native.fake("polar_scatter")
