@@ -6,7 +6,8 @@ The student of fixed size runs on tensors that have shapes and no values, the wa
 bytes of its tensors and its operations. Tensors of fixed size count as far as they are filled: the rest is padding,
 which our ops skip and torch's do not. The time of a launch is the larger of bytes over bandwidth and operations over
 the rate, for convolutions and products by the share of a tile of 128 outputs that is used, and a fixed time between
-launches of a graph. It is a floor with four constants of an H100, and no measurement. `--all` lists every launch.
+launches of a graph. It is a floor with the constants of an H100 on PCIe 5, and no measurement; what the host does while
+the device works is not in it. `--all` lists every launch.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from torch.utils._pytree import tree_leaves
 BANDWIDTH = 3.0e12  # bytes a second of a copy, H100
 RATE = {torch.bfloat16: 800e12, torch.float16: 800e12, torch.float32: 60e12}  # operations a second, H100
 GAP = 1.2e-6  # seconds from the end of a node of a graph to the begin of the next
+ALONE = 5e-6  # of a launch by itself, for which the host works as long
+PCIE = 50e9  # bytes a second, PCIe 5
+HOST = 20e9  # bytes a second, read and written, of a copy by one core
 TILE = 128  # outputs that a product makes at a time, at least
 # launches of one call; those of torch's are 1, views none
 LAUNCHES = {
     "kdmos.polar_grid": 9,  # points, radix sort (5: histogram, scan, 3 passes of 8 bits), scan of counts (2), ranks
     "kdmos.co_attention": 4,
     "kdmos.wrap_around": None,  # one a part
-    "kdmos.height_residual": 4,  # memset, project, difference, read
 }
 
 
@@ -109,13 +112,29 @@ def trace(points: int, cells: int, precision: str) -> list[Launch]:
 
     native.DEVICES = native.DEVICES | {"meta"}
     graphed = GraphedStudent(load_student("synthetic").to("meta"), precision)
-    channels = graphed.settings.motion.num_channels
     filled = {graphed.capacity: points, graphed.max_cells: cells}
     filled |= {rows + 1: filled[rows] for rows in list(filled)}
-    scan, residual = (torch.zeros(points, columns, device="meta") for columns in (4, channels))
     with Trace(filled) as traced, torch.inference_mode():
-        graphed(scan, torch.tensor([0, points]), residual)
+        graphed._of_capacity()
     return traced.found
+
+
+def around(points: int, scans: int = 8, channels: int = 8, classes: int = 4) -> list[Launch]:
+    """What comes before and after the graph, from a scan in the host's memory to its labels there."""
+    scan, out, cells = 16.0 * points, 8.0 * points, 360 * 480
+    window = scans * scan + 2 * 8.0 * cells * 4 + 4.0 * points * scans  # points, bounds and values, each point's cell
+    steps = [
+        ("copy_scan, by the host", 0, 2 * scan, HOST),
+        ("upload", 1, scan, PCIE),
+        ("channels, zeroed", 1, 4.0 * channels * points, BANDWIDTH),
+        ("kdmos.height_residual", 4, window, BANDWIDTH),
+        ("points and channels into the graph's place", 3, 2 * (scan + 4.0 * channels * points), BANDWIDTH),
+        ("graph", 1, 0.0, BANDWIDTH),
+        ("logits kept", 1, 8.0 * classes * points, BANDWIDTH),
+        ("kdmos.label_points, into the host's memory", 1, out, PCIE),
+        ("labels and probabilities, by the host", 0, 2 * out, HOST),
+    ]
+    return [Launch(name, count, moved, 0.0, count * ALONE + moved / rate) for name, count, moved, rate in steps]
 
 
 def main() -> None:
@@ -125,20 +144,20 @@ def main() -> None:
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--all", action="store_true", help="every launch, not sums by name")
     given = parser.parse_args()
-    found = trace(given.points, given.cells, given.precision)
+    graph = trace(given.points, given.cells, given.precision)
+    whole = Launch("sum of the graph", *total(graph))
     if not given.all:
-        sums: dict[str, Launch] = {}
-        for launch in found:
-            one = sums.setdefault(launch.name, Launch(launch.name, 0, 0.0, 0.0, 0.0))
-            for key in ("launches", "bytes", "operations", "seconds"):
-                setattr(one, key, getattr(one, key) + getattr(launch, key))
-        found = sorted(sums.values(), key=lambda launch: -launch.seconds)
-    total = Launch(
-        "sum", *(sum(getattr(x, key) for x in found) for key in ("launches", "bytes", "operations", "seconds"))
-    )
-    print("| operation | launches | MB | GFLOP | us |\n|---|---|---|---|---|")
-    for x in (*found, total):
+        names = dict.fromkeys(launch.name for launch in graph)
+        graph = [Launch(name, *total([x for x in graph if x.name == name])) for name in names]
+        graph.sort(key=lambda launch: -launch.seconds)
+    outside = around(given.points)
+    print("| call | launches | MB | GFLOP | us |\n|---|---|---|---|---|")
+    for x in (*graph, whole, *outside, Launch("sum of all", *total([whole, *outside]))):
         print(f"| `{x.name}` | {x.launches} | {x.bytes / 1e6:.1f} | {x.operations / 1e9:.2f} | {1e6 * x.seconds:.0f} |")
+
+
+def total(launches: list[Launch]) -> list[float]:
+    return [sum(getattr(x, key) for x in launches) for key in ("launches", "bytes", "operations", "seconds")]
 
 
 if __name__ == "__main__":
