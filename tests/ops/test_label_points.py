@@ -1,4 +1,4 @@
-"""Labels and moving probabilities from logits: by hand, against inference's own way, ties, NaN, pinned memory."""
+"""Labels and moving probabilities from logits: by hand, against argmax and softmax, ties, NaN, pinned memory."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kdmos.inference import decided
 from kdmos.ops import label_points, native
 
 NAN, INF = math.nan, math.inf
@@ -18,6 +17,11 @@ def labelled(logits, moving, raw):
     probability = torch.full((len(logits),), 7.0)
     label_points(logits, moving, raw, labels, probability)
     return labels.long(), probability
+
+
+def decided(logits, moving):
+    """Class and moving probability, as torch has them."""
+    return logits.argmax(1), logits.softmax(1)[:, moving]
 
 
 def random_logits(num_points, num_classes, seed=0):
