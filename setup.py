@@ -1,7 +1,8 @@
 """Packaging, and the native ops: `kdmos/_C` (CPU) and `kdmos/_cuda` (CUDA, where nvcc is found).
 
 Environment:
-    KDMOS_CUDA            auto (default: if nvcc is found), on (fail without it), off
+    KDMOS_CUDA            auto (default: if nvcc is found and torch is a CUDA build), off, or on: fail where the library
+                          cannot be built, does not load or does not register its ops
     KDMOS_ARCH            instruction set of the CPU ops: native (default: this machine's) or, for wheels, x86-64-v3
     TORCH_CUDA_ARCH_LIST  compute capabilities, "8.0;9.0+PTX"; default: of the GPU found, else the usual ones
     MAX_JOBS              compilers at a time
@@ -16,6 +17,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,8 +118,72 @@ class BuildNative(build_ext):
 
         with ThreadPoolExecutor(jobs) as pool:
             made = [str(path) for path in pool.map(compile_one, sources)]
-        subprocess.run([nvcc, "-shared", "-cudart", "static", *made, "-o", str(target)], check=True)
+        link_cuda(nvcc, made, target, objects / "stub")
+        names = {name for source in sources for name in re.findall(r'm\.impl\("(\w+)"', source.read_text())}
+        fault = fault_of_cuda(Path(self.get_ext_fullpath("kdmos._C")), target, objects / "stub", names)
+        if fault and mode == "on":
+            raise SystemExit(f"KDMOS_CUDA=on, but {target.name} {fault}")
         say(f"built the CUDA ops: {target.name} ({os.environ.get('TORCH_CUDA_ARCH_LIST', 'default')} architectures)")
+        if fault:
+            say(f"but {target.name} {fault}")
+
+
+def link_cuda(nvcc: str, objects: list[str], target: Path, stub: Path) -> None:
+    """The library, which names the torch libraries it needs: torch loads its own where no other library sees them.
+
+    A CPU build of torch has no libtorch_cuda. A library of that name in the folder `stub` then stands for it, with what
+    is missing; the result is the same file, which a CUDA build loads.
+    """
+    from torch.utils.cpp_extension import library_paths
+
+    base = [nvcc, "-shared", "-cudart", "static", *objects, "-o", str(target)]
+    base += [*(f"-L{path}" for path in library_paths()), "-Xlinker", "--no-as-needed"]
+    libraries = ["-ltorch_cpu", "-lc10"]
+    if not any((Path(path) / "libtorch_cuda.so").exists() for path in library_paths()):
+        subprocess.run([*base, *libraries], check=True)
+        files = (Path(path) / f"lib{name}.so" for path in library_paths() for name in ("torch_cpu", "c10"))
+        there = set().union(*(symbols(file, "--defined-only") for file in files if file.exists()))
+        missing = {name for name in symbols(target, "--undefined-only") if name.startswith(("aoti_", "torch_"))} - there
+        stub.mkdir(parents=True, exist_ok=True)
+        source = stub / "stub.c"
+        source.write_text("".join(f"void {name}(void) {{ __builtin_trap(); }}\n" for name in sorted(missing)))
+        soname = "-Wl,-soname,libtorch_cuda.so"
+        compiler = os.environ.get("CC", "cc").split()
+        subprocess.run([*compiler, "-shared", "-fPIC", soname, source, "-o", stub / "libtorch_cuda.so"], check=True)
+        base += [f"-L{stub}"]
+    # no symbol may be left that none of them has
+    done = subprocess.run([*base, "-ltorch_cuda", *libraries, "-Xlinker", "-z,defs"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"linking {target.name} failed:\n{done.stderr}")
+
+
+def symbols(library: Path, which: str) -> set[str]:
+    """Dynamic symbols of a library, without their versions."""
+    listed = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+
+
+def fault_of_cuda(cpu: Path, cuda: Path, stub: Path, names: set[str]) -> str:
+    """Why the library cannot be used, in the linker's words; "" if it loads and registers a CUDA kernel of each op."""
+    program = f"""
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("_C", {str(cpu)!r})
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+try:
+    torch.ops.load_library({str(cuda)!r})
+except OSError as error:  # what the linker said is its cause in newer torch
+    raise SystemExit(f"does not load: {{error.__cause__ or error}}")
+has = lambda name: torch._C._dispatch_has_kernel_for_dispatch_key("kdmos::" + name, "CUDA")
+missing = sorted(name for name in {names!r} if not has(name))
+raise SystemExit("registers no CUDA kernel of " + ", ".join(missing) if missing else 0)
+"""
+    paths = [str(stub), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    environment = os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return ""
+    said = done.stderr.strip() or f"ends the process with code {done.returncode}"
+    return said if said.startswith(("does not", "registers")) else f"does not load:\n{said}"
 
 
 def native() -> list[Extension]:

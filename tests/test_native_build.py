@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kdmos.ops import native
 
@@ -43,9 +44,74 @@ def test_everything_compiles_and_links(built):
     assert list((built / "kdmos").glob("_C.*"))
     sources = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
     assert sources == {path.stem for path in (built / "temp/cuda").glob("*.o")}
-    # each op has its kernel, but for three, whose work is left to torch's convolutions and products on a GPU
-    cpu_alone = {"masked_conv", "mlp_max", "winograd_conv"}
-    assert {path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp")} - cpu_alone == sources
+    assert {path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp")} - native.CPU_ALONE == sources
+
+
+def test_the_cuda_library_names_what_it_needs(built):
+    """Torch loads its libraries where no other sees them: one that does not name them loads in no torch.
+
+    The build itself has loaded it and asked for a kernel of each op, here beside a stand-in for libtorch_cuda.
+    """
+    library = built / "kdmos/_cuda.so"
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"\(NEEDED\).*\[(.+)\]", needed)
+    assert {"libtorch_cuda.so", "libtorch_cpu.so", "libc10.so"} <= set(names)
+    assert not any("cudart" in name for name in names)  # static: a machine may have another one
+    assert not re.search("RPATH|RUNPATH", needed)  # it belongs to no folder of this machine
+
+    def symbols(path, which):
+        text = subprocess.run(["nm", "-D", which, path], capture_output=True, text=True, check=True).stdout
+        return {line.split()[-1].split("@")[0] for line in text.splitlines()}
+
+    asked = {name for name in symbols(library, "--undefined-only") if name.startswith(("aoti_", "torch_", "cuda"))}
+    folder = Path(torch.__file__).parent / "lib"
+    there = symbols(folder / "libtorch_cpu.so", "--defined-only") | symbols(folder / "libc10.so", "--defined-only")
+    # of libtorch_cuda, in every version from 2.10 on
+    known = {"aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg"}
+    assert asked - there == known
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("void missing(void); void op(void) { missing(); }", "_cuda.so: undefined symbol: missing"),
+        ("void op(void) {}", "_cuda.so registers no CUDA kernel of wdcd_loss"),
+        (
+            "__attribute__((constructor)) void op(void) { __builtin_trap(); }",
+            "_cuda.so does not load:\nends the process",
+        ),
+    ],
+)
+def test_a_library_that_cannot_be_used_fails_the_build(code, message, tmp_path):
+    """With the linker's words. In the place of nvcc the C compiler, whatever the source."""
+    compiler = tmp_path / "bin/nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(f"""#!{sys.executable}
+import subprocess, sys
+arguments = [a for a in sys.argv[1:] if a not in ("-cudart", "static")]
+out = arguments[arguments.index("-o") + 1]
+command = ["cc", "-x", "c", "-fPIC", "-c", "-", "-o", out] if "-c" in arguments else ["cc", *arguments]
+sys.exit(subprocess.run(command, input={code!r}, text=True).returncode)
+""")
+    compiler.chmod(0o755)
+    leave = shutil.ignore_patterns("cpu", "cuda")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=leave)
+    (tmp_path / "csrc/cuda").mkdir()
+    (tmp_path / "csrc/cuda/op.cu").write_text('m.impl("wdcd_loss", op);')
+    (tmp_path / "kdmos").mkdir()
+    shutil.copy(ROOT / "kdmos/__init__.py", tmp_path / "kdmos")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    environment = os.environ | {"KDMOS_CUDA": "on", "CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", "temp", "--build-lib", "lib"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
+def test_every_op_has_a_cuda_kernel():
+    assert {"cpu", "cuda"} == native.DEVICES, native.WHY_NOT
+    assert native.registered("CPU") - native.CPU_ALONE == native.registered("CUDA")
 
 
 def test_no_kernel_spills(built):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("native", "reference")
+# Ops that have no CUDA kernel: their work is left to torch's convolutions and products on a GPU.
+CPU_ALONE = frozenset({"masked_conv", "mlp_max", "winograd_conv"})
 
 
 def _load() -> tuple[frozenset[str], str]:
@@ -28,9 +30,18 @@ def _load() -> tuple[frozenset[str], str]:
         return frozenset({"cpu"}), "the CUDA ops are not built"
     try:
         torch.ops.load_library(library)
-    except OSError as error:
-        return frozenset({"cpu"}), f"the CUDA ops do not load ({error})"
+    except OSError as error:  # what the linker said is its cause in newer torch
+        return frozenset({"cpu"}), f"the CUDA ops do not load ({error.__cause__ or error})"
+    missing = registered("CPU") - registered("CUDA") - CPU_ALONE
+    if missing:  # the libraries are not of one build
+        return frozenset({"cpu"}), f"the CUDA ops lack {', '.join(sorted(missing))}: they are of another build"
     return frozenset({"cpu", "cuda"}), ""
+
+
+def registered(key: str) -> set[str]:
+    """Names of the native ops that have a kernel for a dispatch key, "CPU" or "CUDA"."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdmos::"))
+    return {n.removeprefix("kdmos::") for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, key)}
 
 
 DEVICES, WHY_NOT = _load()
