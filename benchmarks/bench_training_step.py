@@ -22,7 +22,7 @@ import numpy as np
 
 SIDES = {"baseline": None, "kdmos float32": None, "kdmos bf16-mixed": "bfloat16"}
 WARM_UP = 5
-TOGETHER = 5  # steps on a GPU between two looks at the clock
+TOGETHER = 3  # steps on a GPU between two looks at the clock
 
 
 def first_scan(batch: int) -> int:

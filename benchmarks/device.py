@@ -79,10 +79,10 @@ PLAN: dict[str, tuple[int, tuple[Stage, ...]]] = {
             Stage("ops by events", 60, 30, f"{OPS} time"),
             Stage("kernels by ncu", 60, 30, f"{STAGES} ncu"),
             Stage("step of 1", 30, 10, f"{BENCH} bench_training_step {SCANS} --device cuda"),
-            Stage("step of 8", 35, 15, f"{BENCH} bench_training_step {SCANS} --device cuda --batch 8 --rounds 5"),
+            Stage("step of 8", 45, 20, f"{BENCH} bench_training_step {SCANS} --device cuda --batch 8 --rounds 3"),
             Stage("teacher float32", 25, 10, f"{BENCH} bench_teacher {SCANS} --device cuda"),
             Stage("teacher bfloat16", 25, 10, f"{BENCH} bench_teacher {SCANS} {BF16}"),
-            Stage("training", None, 60, f"{STAGES} train"),
+            Stage("training", None, 100, f"{STAGES} train"),
         ),
     ),
 }

@@ -64,7 +64,7 @@ class Size:
 
 
 REAL = Size(120_000, PolarGrid(), ResidualGrid(), 1)
-TINY = Size(700, PolarGrid(bins=(33, 20, 8)), ResidualGrid(rows=36, columns=48), 100)
+TINY = Size(700, PolarGrid(bins=(33, 20, 8)), ResidualGrid(rows=36, columns=48), 400)
 
 
 class Work(NamedTuple):
@@ -223,7 +223,7 @@ def selective_scan(draw: Draw, count: int, channels: int, states: int = 16) -> W
 
 
 def submanifold_conv(draw: Draw, channels: int) -> Work:
-    side = 120 if draw.size.shrink == 1 else 12
+    side = 120 if draw.size.shrink == 1 else 9
     grid = draw.below(side, 300_000 // draw.size.shrink, 3).unique(dim=0)
     neighbours = ops.find_neighbours(grid, grid.new_zeros(len(grid)))
     weight = draw(channels, 3, 3, 3, channels) / (27 * channels) ** 0.5
@@ -525,13 +525,16 @@ def time_all(names, seed: int) -> int:
     return 1 if failed else 0
 
 
+def forward_and_backward(work: Work) -> None:
+    found = run(work)
+    if work.leaves:
+        run(work, torch.randn_like(tree_leaves(found)[0]))
+
+
 def once(names, seed: int) -> int:
     """Forward and backward in the narrowest type, at real size."""
     for name in names:
-        work = moved(build(name, seed, REAL, CASES[name][1][-1]), "cuda")
-        found = run(work)
-        if work.leaves:
-            run(work, torch.randn_like(tree_leaves(found)[0]))
+        forward_and_backward(moved(build(name, seed, REAL, CASES[name][1][-1]), "cuda"))
     torch.cuda.synchronize()
     return 0
 

@@ -74,8 +74,11 @@ def said_by(*command: str) -> str:
 
 
 def look() -> int:
+    """Versions, memory, what is missing. Streets that are being made wait, so that they disturb no timing."""
     import torch
 
+    if process := _running(STREETS / "process.txt"):
+        os.killpg(process, signal.SIGSTOP)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     print(
         f"Python {platform.python_version()}, {sys.executable}, {' '.join(platform.libc_ver())}, {platform.platform()}"
@@ -170,7 +173,9 @@ def streets(background: bool, workers: int, most: int) -> int:
     if background:
         if not has_gpu():
             return found("no GPU", NO_GPU)
-        if len(finished()) >= most or _running(STREETS / "process.txt"):
+        if process := _running(STREETS / "process.txt"):
+            os.killpg(process, signal.SIGCONT)  # after `look`
+        if process or len(finished()) >= most:
             return found(f"{len(finished())} streets are there")
         STREETS.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "benchmarks.device_stages", "streets"]
@@ -384,7 +389,7 @@ def ncu_table(output: str) -> list[tuple[str, dict[str, float]]]:
             continue
         scale = {"nsecond": 1e-3, "ns": 1e-3, "msecond": 1e3, "ms": 1e3, "second": 1e6, "s": 1e6}
         value *= scale.get(row["Metric Unit"], 1.0) if key == "us" else 1.0
-        short = row["Kernel Name"].split("(")[0].split("::")[-1]
+        short = re.sub(r"\(.*?\)|\w+::|void ", "", row["Kernel Name"].split(">(")[0]).lstrip(":")
         launches.setdefault(row["ID"], (short, {}))[1][key] = round(value, 1)
     return list(launches.values())
 
@@ -397,13 +402,11 @@ def train(root: Path = STREETS, options: Sequence[str] = ()) -> int:
 
     options: Settings of the run; with any, it is done without a GPU too.
     """
-    import torch
-
     for name in IMPORTS:
         importlib.import_module(f"kdmos.{name}")
     from benchmarks import accuracy
     from kdmos.data.semantic_kitti import find_sequences
-    from kdmos.models import load_student, save_model
+    from kdmos.models import load_student
 
     if not has_gpu() and not options:
         return found("no GPU", NO_GPU)
@@ -428,6 +431,7 @@ def train(root: Path = STREETS, options: Sequence[str] = ()) -> int:
         took = [float(match[1]) for line in lines if (match := re.search(r"  (\d+) s$", line))]
         if not took:
             return found(f"no epoch was done: {lines[-1] if lines else 'no output'}", 1)
+        put_away(first / "last.safetensors")
         beside = time.monotonic() - begun - took[0]  # start-up, and the motion caches, which are there by now
         epochs = max(1, int(0.9 * (end - time.monotonic() - beside) / max(took[0], 0.5)))
         settings = [f"epochs={epochs}", "optimizer.lr=0.02", f"optimizer.decay={0.05 ** (1 / epochs):.4f}"]
@@ -440,10 +444,7 @@ def train(root: Path = STREETS, options: Sequence[str] = ()) -> int:
     best = next((path for path in (fine / "best.safetensors", first / "best.safetensors") if path.exists()), None)
     if best is None:
         return found("no weights", 1)
-    model = load_student(best)
-    (STAGING / "keep").mkdir(parents=True, exist_ok=True)
-    save_model(STAGING / "keep" / "student.safetensors", model, torch.float16, **model.header)
-    shutil.copy(best.with_suffix(".md"), STAGING / "keep" / "student.md")
+    put_away(best)
     for folder in (first, fine):
         if (folder / "tensorboard").is_dir():
             shutil.copytree(folder / "tensorboard", STAGING / "more" / f"tensorboard-{folder.name}", dirs_exist_ok=True)
@@ -459,6 +460,19 @@ def train(root: Path = STREETS, options: Sequence[str] = ()) -> int:
             words.append(f"{data} {scores[0]} -> {scores[1]}")
             print(f"moving IoU on {data}, before and after: {scores}", flush=True)
     return found(f"{len(learnt)} streets, {done} epochs; moving IoU {', '.join(words)}")
+
+
+def put_away(weights: Path) -> None:
+    """To the files that go back, in float16."""
+    import torch
+
+    from kdmos.models import load_student, save_model
+
+    (STAGING / "keep").mkdir(parents=True, exist_ok=True)
+    model = load_student(weights)
+    about = {key: value for key, value in model.header.items() if key != "model"}
+    save_model(STAGING / "keep" / "student.safetensors", model, torch.float16, **about)
+    shutil.copy(weights.with_suffix(".md"), STAGING / "keep" / "student.md")
 
 
 def _trained(arguments: list[str], end: float) -> Iterator[str]:

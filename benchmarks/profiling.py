@@ -76,7 +76,7 @@ def kernels(name: str, work, traces: Path | None) -> str:
     spans = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in profile.events()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
     if traces:
         traces.mkdir(parents=True, exist_ok=True)
