@@ -5,8 +5,8 @@
 STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def(
       "polar_grid(Tensor points, Tensor offsets, float[] lower, float[] upper, float[] interval, int[] bins, "
-      "bool fixed_size=False) -> (Tensor features, Tensor cell_rank, Tensor cells, Tensor cell_start, Tensor voxel_rank, Tensor voxels, "
-      "Tensor voxel_start, Tensor order)");
+      "bool fixed_size=False, int max_cells=-1) -> (Tensor features, Tensor cell_rank, Tensor cells, Tensor cell_start, "
+      "Tensor voxel_rank, Tensor voxels, Tensor voxel_start, Tensor order)");
   m.def("sort_by_cell(Tensor cell, int num_cells) -> (Tensor order, Tensor start)");
   m.def("voxel_label(Tensor labels, Tensor order, Tensor voxel_start, int num_classes) -> Tensor");
   m.def("polar_scatter(Tensor features, Tensor? order, Tensor start) -> (Tensor maximum, Tensor argmax)");
@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def("mlp_max(Tensor points, Tensor[] weights, Tensor[] biases, Tensor order, Tensor start) -> Tensor");
   m.def("cells_to_bev(Tensor values, Tensor cells, int num_places) -> Tensor");
   m.def(
-      "height_residual(Tensor[] scans, Tensor transforms, int[] bins, float[] limits, int[] windows, int[] read) -> "
-      "Tensor");
+      "height_residual(Tensor[] scans, Tensor transforms, int[] bins, float[] limits, int[] windows, int[] read, "
+      "Tensor(a!)[] out, int[] channels) -> ()");
   m.def(
       "height_residual_sequence(Tensor[] scans, Tensor transforms, int[] bins, float[] limits) -> Tensor");
   m.def("dysample(Tensor x, Tensor offset, int scale, int groups, bool circular) -> Tensor");

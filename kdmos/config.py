@@ -111,7 +111,7 @@ class RunConfig(Strict):
     epochs: Count = 150
     batch_size: Count = 8  # scans per step and process
     accumulate: Count = 1  # batches per optimizer step
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "tf32", "bf16-mixed", "16-mixed"] = "32-true"  # tf32: float32 with products in TF32
     gradient_clip: Positive | None = None  # largest norm of the gradient
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Count | Literal["auto"] = 1  # GPUs, or processes on a CPU; "auto": all GPUs

@@ -18,9 +18,10 @@ from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
 from kdmos.data.source import ScanSource
 from kdmos.errors import InputError
 from kdmos.models import SHIPPED, Rule, Student, Teacher
-from kdmos.models.fast import PRECISIONS, FastStudent, GraphedStudent, usable_precision
+from kdmos.models.fast import FastStudent, GraphedStudent
 from kdmos.motion import MotionStream, pose_jump
 from kdmos.ops import native
+from kdmos.precision import PRECISIONS, TF32, usable_precision
 
 
 class ScanLogits(NamedTuple):
@@ -57,7 +58,7 @@ def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> Fas
         form = GraphedStudent if weight.is_cuda and native.serves(weight) else FastStudent
         return form(model, precision)
     if isinstance(model, Teacher):
-        model.dtype = usable_precision(precision, model.seg_head.weight.device)
+        model.dtype, model.tf32 = usable_precision(precision, model.seg_head.weight.device), precision == TF32
     return model
 
 

@@ -36,16 +36,17 @@ class MotionStream:
         self._window: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.settings.history + 1)
         self._waiting: deque[Tensor] = deque()
 
-    def push(self, points: Tensor, pose: Tensor) -> Tensor | None:
+    def push(self, points: Tensor, pose: Tensor, finite: bool = False) -> Tensor | None:
         """Take the next scan.
 
         Args:
             points: float32 [n, >= 3]: x, y, z in metres, LiDAR frame. May be empty (a scan that was lost). A row
                 with a non-finite value, be it the remission, takes no part and gets 0.
             pose: [4, 4], world (any fixed frame) from this scan's LiDAR frame.
+            finite: Whether all values are known to be finite: on a GPU looking costs some launches.
         Returns: float32 [m, K] of the scan `lookahead` pushes ago, None while there is none.
         """
-        points = without_non_finite(points)
+        points = points if finite else without_non_finite(points)
         self._window.append((points, torch.as_tensor(pose, dtype=torch.float64, device="cpu")))
         self._waiting.append(points.new_zeros(len(points), self.settings.num_channels))
         if self.settings.form == "published":
@@ -66,27 +67,25 @@ class MotionStream:
         scans, half = len(self._window), self.settings.num_channels // 2
         if scans < 2 * half:
             return
-        first = scans - 1 - self.settings.lookahead
-        residual = self._residual(newer=(half, scans), older=((0, half),), read=(first, scans))
-        lengths = [len(waiting) for waiting in self._waiting]  # exactly the scans first..scans
-        for channel, part in enumerate(reversed(residual[:, 0].split(lengths))):
-            self._waiting[-1 - channel][:, channel] = part
+        lookahead = self.settings.lookahead
+        # exactly the scans that wait: the oldest reads its last channel
+        windows = {"newer": (half, scans), "older": ((0, half),), "read": (scans - 1 - lookahead, scans)}
+        self._residual(**windows, channels=range(lookahead, -1, -1))
 
     def _causal(self) -> None:
         scans, half = len(self._window), self.settings.num_channels // 2
         older = [(scans - 2 * half - k, scans - half - k) for k in range(self.settings.num_channels)]
         older = tuple(window for window in older if window[0] >= 0)
         if older:
-            newest = (scans - 1, scans)
-            residual = self._residual(newer=(scans - half, scans), older=older, read=newest)
-            self._waiting[-1][:, : len(older)] = residual
+            self._residual(newer=(scans - half, scans), older=older, read=(scans - 1, scans), channels=[0])
 
-    def _residual(self, newer, older, read) -> Tensor:
+    def _residual(self, newer, older, read, channels) -> None:
+        """Into the channels of the scans that are read, the last ones that wait."""
         poses = torch.stack([pose for _, pose in self._window])
         transforms = torch.linalg.inv(poses[-1]) @ poses  # into the newest scan's frame
         scans = [points for points, _ in self._window]
-        transforms = transforms.to(scans[0].device)
-        return ops.height_residual(scans, transforms, self.settings.grid, newer, older, read)
+        out = list(self._waiting)[read[0] - read[1] :]
+        ops.height_residual_into(scans, transforms, self.settings.grid, newer, older, read, out, channels)
 
 
 def without_non_finite(points: Tensor) -> Tensor:
@@ -122,7 +121,7 @@ def sequence_channels(scans: Iterable[Tensor], poses: Tensor, settings: MotionSe
             return
         windows = torch.stack([poses[f : f + num_channels] for f in range(first, first + len(held) - num_channels + 1)])
         transforms = torch.linalg.inv(windows[:, -1:]) @ windows  # into each window's newest frame
-        residual = ops.height_residual_sequence(held, transforms.to(held[0].device), settings.grid)
+        residual = ops.height_residual_sequence(held, transforms, settings.grid)
         for number, more in enumerate(residual.split([len(scan) for scan in held])):
             # each entry is known from one run at most
             waiting[number] = more if waiting[number] is None else waiting[number].add_(more)

@@ -264,7 +264,7 @@ def predict(
         int | None, typer.Option(help="Future scans to use, if not what the checkpoint was trained with.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Allow another look-ahead than the trained one.")] = False,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, tf32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> int:
     """Write one label per point for every scan.

@@ -232,7 +232,7 @@ def teach(
         bool, typer.Option("--newest-points", help="MambaMOS: voxels by the newest scan's points, not by any scan's.")
     ] = False,
     backend: Annotated[str, typer.Option(help="MambaMOS: auto, native, spconv or mamba.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, tf32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> int:
     """Cache a teacher's logits for every scan, for `kdmos train distill.logits=... distill.teacher=...`.

@@ -36,6 +36,7 @@ from kdmos.errors import InputError
 from kdmos.losses import DISTILLATION, cross_entropy, lovasz_softmax
 from kdmos.models import Student, StudentOutput, Teacher, load_student, save_model
 from kdmos.motion import moving_by_rule, warn_of_incomplete
+from kdmos.precision import TF32, products
 from kdmos.settings import STUDENTS, StudentSettings
 
 try:
@@ -534,7 +535,7 @@ def fit(config: Config | TeacherConfig, resume: bool = False) -> ModelTraining:
             accelerator=config.accelerator,
             devices=config.devices,
             strategy="ddp" if config.devices != 1 else "auto",
-            precision=config.precision,
+            precision="32-true" if config.precision == TF32 else config.precision,
             max_epochs=config.epochs,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.gradient_clip,
@@ -550,7 +551,8 @@ def fit(config: Config | TeacherConfig, resume: bool = False) -> ModelTraining:
     except MisconfigurationException as error:  # no GPU, or not so many
         raise InputError(f"accelerator {config.accelerator}, devices {config.devices}: {error}") from error
     try:
-        trainer.fit(module, data, ckpt_path=state if resume else None, weights_only=True)
+        with products(tf32=config.precision == TF32):
+            trainer.fit(module, data, ckpt_path=state if resume else None, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
         if keep.interrupted:
             raise KeyboardInterrupt from None

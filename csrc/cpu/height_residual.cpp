@@ -237,24 +237,38 @@ std::vector<Scan> make_scans(const std::vector<Tensor>& tensors) {
   return scans;
 }
 
-Tensor height_residual(const std::vector<Tensor>& tensors, const Tensor& transforms, const std::vector<int64_t>& bins,
-                       const std::vector<double>& limits, const std::vector<int64_t>& windows,
-                       const std::vector<int64_t>& read) {
+// Values of scan read[0] + i go to out[i], columns channels[i] and on, where they are not 0.
+void height_residual(const std::vector<Tensor>& tensors, const Tensor& transforms, const std::vector<int64_t>& bins,
+                     const std::vector<double>& limits, const std::vector<int64_t>& windows,
+                     const std::vector<int64_t>& read, const std::vector<Tensor>& outs,
+                     const std::vector<int64_t>& channels) {
   const std::vector<Scan> scans = make_scans(tensors);
   const ResidualGrid grid = make_grid(bins, limits);
   std::vector<Span> older;
   for (size_t i = 2; i + 1 < windows.size(); i += 2) older.push_back({windows[i], windows[i + 1]});
   const int64_t W = int64_t(older.size());
+  STD_TORCH_CHECK(int64_t(outs.size()) == read[1] - read[0] && channels.size() == outs.size(),
+                  "height_residual: a place for each scan that is read");
+  std::vector<float*> out;
+  std::vector<int64_t> stride;
   int64_t num_read = 0;
-  for (int64_t s = read[0]; s < read[1]; ++s) num_read += scans[s].size;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    const Tensor& to = outs[i];
+    const int64_t size = scans[read[0] + i].size;
+    STD_TORCH_CHECK(to.is_cpu() && to.scalar_type() == ScalarType::Float && to.dim() == 2 && to.size(0) == size &&
+                        (to.stride(1) == 1 || size == 0) && channels[i] >= 0 && channels[i] + W <= to.size(1),
+                    "height_residual: values go to float32 [points of the scan, >= channel + windows] on the CPU");
+    out.push_back(mutable_data<float>(to) + channels[i]);
+    stride.push_back(to.stride(0));
+    num_read += size;
+  }
   WindowStep step(grid, {windows[0], windows[1]}, std::move(older), {read[0], read[1]});
   step.plan(scans.data(), int64_t(scans.size()), num_threads());
   Workspace space(step.num_bounds(), int64_t(grid.rows) * grid.columns, W, num_read);
-  Tensor residual = zeros_as(tensors.at(0), {num_read, W}, ScalarType::Float);
-  float* out = mutable_data<float>(residual);
   step.run({scans.data(), data<double>(transforms)}, space,
-           [&](int64_t, int64_t, int64_t row, int64_t w, float value) { out[row * W + w] = value; });
-  return residual;
+           [&](int64_t s, int64_t point, int64_t, int64_t w, float value) {
+             out[s - read[0]][point * stride[s - read[0]] + w] = value;
+           });
 }
 
 // The published form of a whole sequence: step i compares scans [i + K/2, i + K) with [i, i + K/2), and what scan

@@ -37,7 +37,7 @@ void write_rows(int size, const float* __restrict__ dr, const float* __restrict_
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar_grid(
     const Tensor& points, const Tensor& offsets, const std::vector<double>& lower, const std::vector<double>& upper,
-    const std::vector<double>& interval, const std::vector<int64_t>& bins, bool fixed_size) {
+    const std::vector<double>& interval, const std::vector<int64_t>& bins, bool fixed_size, int64_t max_cells) {
   STD_TORCH_CHECK(points.dim() == 2 && points.size(1) == 4 && points.is_contiguous(), "polar_grid: points [N, 4]");
   const int64_t N = points.size(0), B = offsets.size(0) - 1;
   const int64_t R = bins[0], A = bins[1], Z = bins[2];
@@ -133,7 +133,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     first_cell[task + 1] += first_cell[task], first_voxel[task + 1] += first_voxel[task];
   }
   const int64_t M = first_cell[B * workers], V = first_voxel[B * workers];
-  const int64_t num_cells = fixed_size ? N : M, num_voxels = fixed_size ? N : V;  // with the padding
+  const int64_t num_voxels = fixed_size ? N : V;  // with the padding
+  // cells beyond as many have no place; the points of the first of them are where cell_start ends
+  const int64_t num_cells = fixed_size ? (max_cells < 0 ? N : std::min(max_cells, N)) : M, placed = std::min(M, num_cells);
   Tensor cells = empty_as(points, {num_cells}, ScalarType::Long);
   Tensor cell_start = empty_as(points, {num_cells + 1}, ScalarType::Long);
   Tensor voxels = empty_as(points, {num_voxels}, ScalarType::Long);
@@ -150,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     for (int64_t i = first_word[task]; i < last_word[task]; ++i) {
       const int32_t w = occupied[i], c = w / int32_t(words);
       if (c != before) {
-        cell_id[++m] = b * places + c;
+        if (++m < num_cells) cell_id[m] = b * places + c;
         cell_voxel[m] = int32_t(v);
       }
       before = c;
@@ -182,9 +184,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     voxel_first[v] = sum;
     for (int64_t worker = 0; worker < workers; ++worker) sum += std::exchange(next[worker * V + v], sum);
   }
-  for (int64_t m = 0; m < M; ++m) cell_first[m] = voxel_first[cell_voxel[m]];
+  for (int64_t m = 0; m < placed; ++m) cell_first[m] = voxel_first[cell_voxel[m]];
   std::fill(voxel_first + V, voxel_first + num_voxels + 1, num_points);
-  std::fill(cell_first + M, cell_first + num_cells + 1, num_points);
+  std::fill(cell_first + placed, cell_first + num_cells + 1, M > num_cells ? voxel_first[cell_voxel[num_cells]] : num_points);
 
   // 6) the points sorted by voxel, those of a voxel in their order
   for_workers([&](int64_t, int64_t b, int64_t worker) {
@@ -194,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
   });
 
   // 7) the padding: cells and voxels outside the grid, and the points of none
-  std::fill(cell_id + M, cell_id + num_cells, B * places);
+  std::fill(cell_id + placed, cell_id + num_cells, B * places);
   std::fill(voxel_id + V, voxel_id + num_voxels, B * places * Z);
   std::fill(feature + 9 * num_points, feature + 9 * N, 0.0f);
   std::fill(point_cell + num_points, point_cell + N, N);

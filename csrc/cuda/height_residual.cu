@@ -1,7 +1,8 @@
 // Height-range residuals: project the scans of a window, reduce min z and max z per cell, compare, read back.
 //
 // Least work for a window of 8 scans of 120 k points: 16 MB read and 4 MB written, 5 us on an H200. Above that stand
-// one transform in float64, one atan2 and two integer atomics a point; cells and bounds (6 MB) stay in L2.
+// one transform in float64, one atan2 and two integer atomics a point; cells and bounds (6 MB) stay in L2. Transforms
+// travel with the launch: nothing is copied to the device.
 #include <algorithm>
 #include <vector>
 
@@ -13,12 +14,19 @@ namespace {
 
 constexpr int kThreads = 256;     // nothing is shared: any size that fills a multiprocessor
 constexpr int kRayThreads = 128;  // a ray: 4 of its 480 columns each, and several rays on every multiprocessor
-constexpr int kMostScans = 32;    // taken by one launch: its arguments must stay below 4 KB
+constexpr int kMostScans = 20;    // taken by one launch: its arguments must stay below 4 KB
 constexpr int kMostWindows = 32;  // likewise
 
 struct Scan {
   const float* points;  // x, y, z and whatever follows
   int64_t size, stride;
+  bool aligned;  // rows of 16 bytes
+};
+
+// Where the values of a scan go: column `channel` and on, of rows that lie `stride` apart; zeros before.
+struct Out {
+  float* rows;
+  int64_t stride;
 };
 
 struct Span {
@@ -28,8 +36,10 @@ struct Span {
 // A scan as the kernels see it.
 struct Part {
   Scan scan;
+  Out out;
   int64_t row;            // of its first point among those that are read, -1 if it is not
-  int32_t number, group;  // of its transform; of the bounds it goes into
+  int32_t number, group;  // of the scan; of the bounds it goes into
+  double transform[12];
 };
 
 struct Parts {
@@ -55,15 +65,16 @@ __device__ float value_of(uint32_t code) { return __uint_as_float(code & 0x80000
 
 // 1) heights per cell: bounds [group, cell, (largest -z, largest z)], zeros before; blockIdx.y is the scan.
 __global__ void __launch_bounds__(kThreads)
-    project_kernel(const __grid_constant__ Parts parts, const double* __restrict__ transforms, const ResidualGrid grid,
-                   uint32_t* __restrict__ bounds, int32_t* __restrict__ cells) {
+    project_kernel(const __grid_constant__ Parts parts, const ResidualGrid grid, uint32_t* __restrict__ bounds,
+                   int32_t* __restrict__ cells) {
   const Part& part = parts.part[blockIdx.y];
-  const double* m = transforms + 16 * int64_t(part.number);
+  const double* m = part.transform;
   uint32_t* group = bounds + 2 * part.group * (int64_t(grid.rows) * grid.columns);
   const int64_t size = part.scan.size, step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < size; i += step) {
     const float* p = part.scan.points + i * part.scan.stride;
-    const double px = p[0], py = p[1], pz = p[2];
+    const float4 point = part.scan.aligned ? *reinterpret_cast<const float4*>(p) : make_float4(p[0], p[1], p[2], 0.0f);
+    const double px = point.x, py = point.y, pz = point.z;
     const float x = transformed(m, px, py, pz), y = transformed(m + 4, px, py, pz), z = transformed(m + 8, px, py, pz);
     const int cell = residual_cell(x, y, z, grid);
     if (part.row >= 0) cells[part.row + i] = cell;
@@ -118,28 +129,22 @@ __global__ void __launch_bounds__(kRayThreads)
   }
 }
 
-// 3) each point reads its cell from its own window's side; blockIdx.y is the scan. out [point, channel]: channels
-// first_window and on, all written; in the sequence form only the scan's own channel, and only what is not 0 (2 %).
+// 3) each point reads its cell from its own window's side; blockIdx.y is the scan. What is not 0 (2 %) is written.
 __global__ void __launch_bounds__(kThreads)
     read_kernel(const __grid_constant__ Parts parts, const __grid_constant__ Windows windows, int num_windows,
                 int64_t first_window, int64_t num_cells, const float* __restrict__ values,
-                const int32_t* __restrict__ cells, bool sequence, int64_t num_channels, float* __restrict__ out) {
+                const int32_t* __restrict__ cells) {
   const Part& part = parts.part[blockIdx.y];
   const int s = part.number;
   const bool is_new = windows.newer.start <= s && s < windows.newer.stop;
   const int64_t size = part.scan.size, step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < size; i += step) {
     const int32_t cell = cells[part.row + i];
-    float* to = out + (part.row + i) * num_channels;
+    if (cell < 0) continue;
     for (int w = 0; w < num_windows; ++w) {
       const bool is_old = windows.older[w].start <= s && s < windows.older[w].stop;
-      const float* side = values + (2 * w + is_old) * num_cells;
-      const float value = (is_old || is_new) && cell >= 0 ? side[cell] : 0.0f;
-      if (!sequence) {
-        to[first_window + w] = value;
-      } else if (value != 0.0f) {
-        to[num_channels - 1 - s] = value;
-      }
+      const float value = is_old || is_new ? values[(2 * w + is_old) * num_cells + cell] : 0.0f;
+      if (value != 0.0f) part.out.rows[i * part.out.stride + first_window + w] = value;
     }
   }
 }
@@ -192,8 +197,9 @@ class WindowStep {
 
   int64_t num_groups() const { return int64_t(cuts_.size()) - 1; }
 
-  void run(const Scan* scans, const double* transforms, const Workspace& space, bool sequence, int64_t num_channels,
-           float* out, cudaStream_t stream) const {
+  // transforms: on the host. out: of each scan that is read.
+  void run(const Scan* scans, const double* transforms, const Out* out, const Workspace& space,
+           cudaStream_t stream) const {
     const int64_t num_cells = int64_t(grid_.rows) * grid_.columns, W = int64_t(older_.size());
     uint32_t* bounds = mutable_data<uint32_t>(space.bounds);
     float* values = mutable_data<float>(space.values);
@@ -203,7 +209,8 @@ class WindowStep {
     for (int64_t s = 0; s < cuts_.back(); ++s) {
       const bool is_read = read_.start <= s && s < read_.stop;
       const int32_t group = int32_t(std::upper_bound(cuts_.begin(), cuts_.end(), s) - cuts_.begin()) - 1;
-      const Part part{scans[s], is_read ? row : -1, int32_t(s), group};
+      Part part{scans[s], is_read ? out[s - read_.start] : Out{}, is_read ? row : -1, int32_t(s), group, {}};
+      std::copy_n(transforms + 16 * s, 12, part.transform);
       if (is_read) row += scans[s].size;
       if (scans[s].size == 0) continue;
       parts.push_back(part);
@@ -212,7 +219,7 @@ class WindowStep {
     // 1) heights per cell
     STD_CUDA_CHECK(cudaMemsetAsync(bounds, 0, 2 * num_groups() * num_cells * sizeof(uint32_t), stream));
     for_parts(parts, [&](const Parts& some, dim3 grid) {
-      project_kernel<<<grid, kThreads, 0, stream>>>(some, transforms, grid_, bounds, cells);
+      project_kernel<<<grid, kThreads, 0, stream>>>(some, grid_, bounds, cells);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
     for (int64_t first = 0; first < W; first += kMostWindows) {
@@ -226,8 +233,7 @@ class WindowStep {
       STD_CUDA_KERNEL_LAUNCH_CHECK();
       // 3) each point reads its cell
       for_parts(read, [&](const Parts& some, dim3 grid) {
-        read_kernel<<<grid, kThreads, 0, stream>>>(some, windows, size, first, num_cells, values, cells, sequence,
-                                                   num_channels, out);
+        read_kernel<<<grid, kThreads, 0, stream>>>(some, windows, size, first, num_cells, values, cells);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       });
     }
@@ -249,23 +255,28 @@ ResidualGrid make_grid(const std::vector<int64_t>& bins, const std::vector<doubl
 }
 
 std::vector<Scan> make_scans(const std::vector<Tensor>& tensors, const Tensor& transforms) {
-  STD_TORCH_CHECK(transforms.is_cuda() && transforms.is_contiguous() && transforms.scalar_type() == ScalarType::Double,
-                  "height_residual: transforms in float64, contiguous, on the GPU");
+  STD_TORCH_CHECK(transforms.is_cpu() && transforms.is_contiguous() && transforms.scalar_type() == ScalarType::Double,
+                  "height_residual: transforms in float64, contiguous, on the CPU");
+  STD_TORCH_CHECK(!tensors.empty(), "height_residual: no scans");
   std::vector<Scan> scans;
   for (const Tensor& tensor : tensors) {
     STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) >= 3 && (tensor.stride(1) == 1 || tensor.size(0) == 0),
                     "height_residual: scans [n, >= 3], rows contiguous");
     STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float &&
-                        tensor.get_device_index() == transforms.get_device_index() && tensor.is_cuda(),
-                    "height_residual: scans in float32, on the GPU of the transforms");
-    scans.push_back({data<float>(tensor), tensor.size(0), tensor.stride(0)});
+                        tensor.get_device_index() == tensors[0].get_device_index() && tensor.is_cuda(),
+                    "height_residual: scans in float32, on one GPU");
+    const float* points = data<float>(tensor);
+    const bool aligned = tensor.size(1) >= 4 && tensor.stride(0) % 4 == 0 && reinterpret_cast<uintptr_t>(points) % 16 == 0;
+    scans.push_back({points, tensor.size(0), tensor.stride(0), aligned});
   }
   return scans;
 }
 
-Tensor height_residual(const std::vector<Tensor>& tensors, const Tensor& transforms, const std::vector<int64_t>& bins,
-                       const std::vector<double>& limits, const std::vector<int64_t>& windows,
-                       const std::vector<int64_t>& read) {
+// Values of scan read[0] + i go to out[i], columns channels[i] and on.
+void height_residual(const std::vector<Tensor>& tensors, const Tensor& transforms, const std::vector<int64_t>& bins,
+                     const std::vector<double>& limits, const std::vector<int64_t>& windows,
+                     const std::vector<int64_t>& read, const std::vector<Tensor>& outs,
+                     const std::vector<int64_t>& channels) {
   const std::vector<Scan> scans = make_scans(tensors, transforms);
   const ResidualGrid grid = make_grid(bins, limits);
   const int64_t S = int64_t(scans.size());
@@ -279,16 +290,26 @@ Tensor height_residual(const std::vector<Tensor>& tensors, const Tensor& transfo
   const Span newer = span(windows[0], windows[1]), is_read = span(read[0], read[1]);
   std::vector<Span> older;
   for (size_t i = 2; i < windows.size(); i += 2) older.push_back(span(windows[i], windows[i + 1]));
-  const int64_t W = int64_t(older.size());
+  const int64_t W = int64_t(older.size()), R = is_read.stop - is_read.start;
+  STD_TORCH_CHECK(int64_t(outs.size()) == R && int64_t(channels.size()) == R,
+                  "height_residual: a place for each scan that is read");
+  std::vector<Out> out;
   int64_t num_read = 0;
-  for (int64_t s = is_read.start; s < is_read.stop; ++s) num_read += scans[s].size;
-  const OnDevice device(transforms);
-  Tensor residual = empty_as(transforms, {num_read, W}, ScalarType::Float);
-  if (num_read * W == 0) return residual;
+  for (int64_t i = 0; i < R; ++i) {
+    const Tensor& to = outs[i];
+    const int64_t size = scans[is_read.start + i].size;
+    STD_TORCH_CHECK(to.is_cuda() && to.get_device_index() == tensors[0].get_device_index() &&
+                        to.scalar_type() == ScalarType::Float && to.dim() == 2 && to.size(0) == size &&
+                        (to.stride(1) == 1 || size == 0) && channels[i] >= 0 && channels[i] + W <= to.size(1),
+                    "height_residual: values go to float32 [points of the scan, >= channel + windows] on the scans' GPU");
+    out.push_back({mutable_data<float>(to) + channels[i], to.stride(0)});
+    num_read += size;
+  }
+  if (num_read * W == 0) return;
+  const OnDevice device(tensors[0]);
   const WindowStep step(grid, newer, older, is_read, S);
-  const Workspace space(transforms, step.num_groups(), int64_t(grid.rows) * grid.columns, W, num_read);
-  step.run(scans.data(), data<double>(transforms), space, false, W, mutable_data<float>(residual), device.stream());
-  return residual;
+  const Workspace space(tensors[0], step.num_groups(), int64_t(grid.rows) * grid.columns, W, num_read);
+  step.run(scans.data(), data<double>(transforms), out.data(), space, device.stream());
 }
 
 // The published form of a whole sequence: step i compares scans [i + K/2, i + K) with [i, i + K/2), and what scan
@@ -303,16 +324,17 @@ Tensor height_residual_sequence(const std::vector<Tensor>& tensors, const Tensor
                   "height_residual_sequence: K transforms for each of S - K + 1 steps");
   std::vector<int64_t> row(S + 1, 0);
   for (int64_t s = 0; s < S; ++s) row[s + 1] = row[s] + scans[s].size;
-  const OnDevice device(transforms);
-  Tensor residual = zeros_as(transforms, {row[S], K}, ScalarType::Float);
+  const OnDevice device(tensors[0]);
+  Tensor residual = zeros_as(tensors[0], {row[S], K}, ScalarType::Float);
   if (T * row[S] * K == 0) return residual;
   int64_t most = 0;  // points of a step
   for (int64_t i = 0; i < T; ++i) most = std::max(most, row[i + K] - row[i]);
   const WindowStep step(grid, {K / 2, K}, {{0, K / 2}}, {0, K}, K);
-  const Workspace space(transforms, step.num_groups(), int64_t(grid.rows) * grid.columns, 1, most);
+  const Workspace space(tensors[0], step.num_groups(), int64_t(grid.rows) * grid.columns, 1, most);
+  std::vector<Out> out(K);
   for (int64_t i = 0; i < T; ++i) {
-    step.run(scans.data() + i, data<double>(transforms) + i * K * 16, space, true, K,
-             mutable_data<float>(residual) + row[i] * K, device.stream());
+    for (int64_t j = 0; j < K; ++j) out[j] = {mutable_data<float>(residual) + row[i + j] * K + (K - 1 - j), K};
+    step.run(scans.data() + i, data<double>(transforms) + i * K * 16, out.data(), space, device.stream());
   }
   return residual;
 }

@@ -129,7 +129,8 @@ struct Starts {
   }
 };
 
-// What cells and voxels have beyond those with points is padding: outside the grid, and where the points end.
+// What cells and voxels have beyond those with points is padding: outside the grid, and where the points end. If there
+// are more cells than num_cells, those left over have none, and cell_start ends where the first of them starts.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     ranks_kernel(const Key* __restrict__ key, const int32_t* __restrict__ point, const uint64_t* __restrict__ counts,
@@ -154,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         voxel_start[voxel] = i;
       }
       if (count >> 32 != before >> 32) {
-        cells[cell] = int64_t(key[i] / Z);
-        cell_start[cell] = i;
+        if (cell < num_cells) cells[cell] = int64_t(key[i] / Z);
+        if (cell <= num_cells) cell_start[cell] = i;
       }
     } else if (i < N) {
       order[i] = i;  // the sort is stable, and padding last of all
@@ -171,13 +172,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar_grid(
     const Tensor& points, const Tensor& offsets, const std::vector<double>& lower, const std::vector<double>& upper,
-    const std::vector<double>& interval, const std::vector<int64_t>& bins, bool fixed_size) {
+    const std::vector<double>& interval, const std::vector<int64_t>& bins, bool fixed_size, int64_t max_cells) {
   STD_TORCH_CHECK(points.dim() == 2 && points.size(1) == 4 && points.is_contiguous(), "polar_grid: points [N, 4]");
   const int64_t N = points.size(0), B = offsets.size(0) - 1;
   const int64_t R = bins[0], A = bins[1], Z = bins[2], num_places = B * R * A;
   STD_TORCH_CHECK(num_places < std::numeric_limits<int32_t>::max() && N < std::numeric_limits<int32_t>::max(),
                   "polar_grid: more than 2^31 cells or points");
-  STD_TORCH_CHECK(offsets.is_cuda(), "polar_grid: points are on the GPU, offsets are not");
+  STD_TORCH_CHECK(points.scalar_type() == ScalarType::Float, "polar_grid: points in float32");
+  check_tensor("polar_grid", "offsets", offsets, ScalarType::Long, {-1}, points);
   STD_TORCH_CHECK(B > 0 || N == 0, "polar_grid: offsets must run from 0 to the number of points");
   const Grid grid{{lower[0], upper[0], interval[0], int(R)},
                   {lower[1], upper[1], interval[1], int(A)},
@@ -222,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> polar
     with_scratch(points, [&](void* scratch, size_t& bytes) {
       return cub::DeviceScan::InclusiveSum(scratch, bytes, starts, count, int32_t(N), stream);
     });
-    int64_t num_cells = N, num_voxels = N;
+    int64_t num_cells = max_cells < 0 ? N : std::min(max_cells, N), num_voxels = N;
     if (!fixed_size) {
       int64_t last[3];
       STD_CUDA_CHECK(cudaMemcpyAsync(last, count + N - 1, sizeof(last), cudaMemcpyDeviceToHost, stream));
@@ -280,6 +282,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // The stable sort alone: rows whose cell is outside [0, num_cells) come last.
 std::tuple<Tensor, Tensor> sort_by_cell(const Tensor& cell, int64_t num_cells) {
   const int64_t N = cell.size(0);
+  check_tensor("sort_by_cell", "cell", cell, ScalarType::Long, {N}, cell);
   STD_TORCH_CHECK(num_cells < std::numeric_limits<int32_t>::max() && N < std::numeric_limits<int32_t>::max(),
                   "sort_by_cell: more than 2^31 cells or points");
   const OnDevice device(cell);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,33 +13,10 @@ from torch import Tensor, nn
 from kdmos import ops
 from kdmos.models.blocks import CoAttention, ConvBlock, DySample
 from kdmos.models.student import DecoderLevel, Encoder, Student, StudentOutput
+from kdmos.precision import TF32, usable_precision
 
 REACH = 2  # cells: what a level's two 3x3 convolutions see beyond their input
 WINOGRAD_INPUTS = 64  # channels from which a convolution is transformed: with fewer, more background is left out
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def usable_precision(name: str, device: torch.device | str) -> torch.dtype:
-    """The dtype of a precision, float32 with a warning where the device has no fast way to compute in it.
-
-    Raises: ValueError for an unknown name.
-    """
-    if name not in PRECISIONS:
-        raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {name!r}")
-    dtype, device = PRECISIONS[name], torch.device(device)
-    if dtype == torch.float32 or (device.type == "cuda" and dtype == torch.float16):
-        return dtype
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_in(dtype)
-    if not able:
-        warnings.warn(f"{name} is not computed natively on this {device.type}; staying in float32", stacklevel=2)
-    return dtype if able else torch.float32
-
-
-def _cpu_computes_in(dtype: torch.dtype) -> bool:
-    flags = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported")}
-    flags[torch.float16] = ("_is_amx_fp16_supported",)
-    return any(getattr(torch.cpu, flag, lambda: False)() for flag in flags[dtype])
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -217,8 +193,8 @@ class FastStudent(nn.Module):
 
     Args:
         student: Any student; its weights are copied.
-        precision: "float32", "bfloat16" or "float16"; one that the device cannot compute in natively becomes float32,
-            with a warning.
+        precision: "float32", "tf32", "bfloat16" or "float16"; one that the device cannot compute in natively becomes
+            float32, with a warning.
     Raises: ValueError for another precision.
     """
 
@@ -226,6 +202,7 @@ class FastStudent(nn.Module):
         super().__init__()
         self.settings, self.header = student.settings, student.header
         self.dtype = dtype = usable_precision(precision, student.head.weight.device)
+        self.tf32 = precision == TF32
         with torch.no_grad():
             self._fold(copy.deepcopy(student), dtype)
         self.requires_grad_(False).eval()

@@ -17,6 +17,7 @@ from kdmos import ops
 from kdmos.data.multi_scan import VoxelBatch, Window, find_voxels, gather_window, representatives, voxel_batch
 from kdmos.models.backends import SpconvVoxels, check_backend, convolve, scan, uses
 from kdmos.ops import Neighbours
+from kdmos.precision import products
 from kdmos.settings import TeacherSettings
 
 STATE, EXPAND, KERNEL = 16, 2, 5  # of the state-space blocks: state size, inner channels, width of their convolutions
@@ -403,6 +404,7 @@ class Teacher(nn.Module):
         self.settings = settings = settings or TeacherSettings()
         self.header: dict = {}  # what the checkpoint it was loaded from says about itself
         self.dtype = torch.float32  # of the matrix products in `point_logits`
+        self.tf32 = False  # whether a GPU may round their float32 factors
         self.voting = Voting()
         self.seg_head = nn.Linear(settings.decoder_channels[0], len(settings.classes))
         self.backbone = MambaMosBackbone(settings)
@@ -452,7 +454,8 @@ class Teacher(nn.Module):
         generator = None if voting.newest else torch.Generator().manual_seed(0)
         for turn in range(voting.turns):
             points = representatives(window, voxels, turn, generator)
-            with torch.autocast(points.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            autocast = torch.autocast(points.device.type, self.dtype, enabled=self.dtype != torch.float32)
+            with autocast, products(self.tf32):
                 logits = self(voxel_batch([(window, voxels.grid, points)])).float()
             of_voxel = of_voxel + logits
             current = points < newest  # the newest scan's points come first

@@ -2,7 +2,7 @@
 
 from kdmos.ops.co_attention import co_attention
 from kdmos.ops.dysample import dysample
-from kdmos.ops.height_residual import height_residual, height_residual_sequence
+from kdmos.ops.height_residual import height_residual, height_residual_into, height_residual_sequence
 from kdmos.ops.masked_conv import can_mask, cell_distance, masked_conv
 from kdmos.ops.mlp_max import mlp_max
 from kdmos.ops.native import backend
@@ -33,6 +33,7 @@ __all__ = [
     "dysample",
     "find_neighbours",
     "height_residual",
+    "height_residual_into",
     "height_residual_sequence",
     "linear_max",
     "masked_conv",

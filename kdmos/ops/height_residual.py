@@ -30,7 +30,7 @@ def height_residual(
     Args:
         scans: S tensors float32 [n, >= 3], oldest first: x, y, z in metres, each in its own frame. Non-finite
             points get 0. They need not lie behind one another in memory: a window slides without a copy.
-        transforms: float64 [S, 4, 4], from each scan's frame to the frame the cells are laid in.
+        transforms: float64 [S, 4, 4], from each scan's frame to the frame the cells are laid in; best on the CPU.
         grid: The residual grid with its limits.
         newer: Scans (start, stop) of the newer window.
         older: Scans (start, stop) of each older window, one output channel each.
@@ -38,6 +38,32 @@ def height_residual(
     Returns: float32 [points of the scans read, len(older)], metres.
     Raises: ValueError if the shapes do not fit or a window is empty or outside [0, S].
     Source: the residual maps of MotionBEV (RA-L 2023).
+    """
+    _check("height_residual", scans)
+    like = scans[0]
+    lengths = [len(points) for points in scans[slice(*read)]]
+    out = torch.zeros(sum(lengths), len(older), device=like.device)
+    height_residual_into(scans, transforms, grid, newer, older, read, out.split(lengths), [0] * len(lengths))
+    return out
+
+
+@torch.no_grad()
+def height_residual_into(
+    scans: Sequence[Tensor],
+    transforms: Tensor,
+    grid: ResidualGrid,
+    newer: tuple[int, int],
+    older: tuple[tuple[int, int], ...],
+    read: tuple[int, int],
+    out: Sequence[Tensor],
+    channels: Sequence[int],
+) -> None:
+    """`height_residual` into tensors that are there: the channels that a stream's scans wait with.
+
+    Args: The first as for `height_residual`; transforms on the CPU save a copy and a wait, wherever the scans are.
+        out: float32 [n, >= channel + len(older)] of each scan that is read, on the scans' device; 0 where values go.
+        channels: The column of each, where the first of its values goes.
+    Raises: ValueError if the shapes do not fit or a window is empty or outside [0, S].
     """
     _check("height_residual", scans)
     if transforms.shape != (len(scans), 4, 4):
@@ -48,11 +74,21 @@ def height_residual(
     for start, stop in (newer, *older, read):
         if not 0 <= start < stop <= len(scans):
             raise ValueError(f"height_residual: scans ({start}, {stop}) are not among 0..{len(scans)}")
-    transforms = transforms.double().contiguous()
-    if native.serves(transforms):
+    sizes = [(len(points), channel + len(older)) for points, channel in zip(scans[slice(*read)], channels)]
+    if [len(out), len(channels)] != [read[1] - read[0]] * 2 or any(
+        to.ndim != 2 or len(to) != size or to.shape[1] < columns for to, (size, columns) in zip(out, sizes)
+    ):
+        raise ValueError(
+            f"height_residual: expected places [n, >= columns] of {sizes}, got {[list(to.shape) for to in out]}"
+        )
+    if native.serves(scans[0]):
         windows = [bound for window in (newer, *older) for bound in window]
-        return torch.ops.kdmos.height_residual(_rows(scans), transforms, *_settings(grid), windows, list(read))
-    return reference.height_residual(scans, transforms, grid, newer, older, read)
+        inputs = _rows(scans), _on_host(transforms), *_settings(grid), windows, list(read)
+        torch.ops.kdmos.height_residual(*inputs, list(out), list(channels))
+        return
+    values = reference.height_residual(scans, transforms.to(scans[0].device, torch.float64), grid, newer, older, read)
+    for to, part, channel in zip(out, values.split([size for size, _ in sizes]), channels):
+        to[:, channel : channel + len(older)] = part
 
 
 @torch.no_grad()
@@ -77,10 +113,9 @@ def height_residual_sequence(scans: Sequence[Tensor], transforms: Tensor, grid: 
             f"height_residual_sequence: expected transforms [S - K + 1, K, 4, 4] for {len(scans)} scans and even K, "
             f"got {list(transforms.shape)}"
         )
-    transforms = transforms.double().contiguous()
-    if native.serves(transforms):
-        return torch.ops.kdmos.height_residual_sequence(_rows(scans), transforms, *_settings(grid))
-    return reference.height_residual_sequence(scans, transforms, grid)
+    if native.serves(scans[0]):
+        return torch.ops.kdmos.height_residual_sequence(_rows(scans), _on_host(transforms), *_settings(grid))
+    return reference.height_residual_sequence(scans, transforms.to(scans[0].device, torch.float64), grid)
 
 
 def _check(op: str, scans: Sequence[Tensor]) -> None:
@@ -94,17 +129,21 @@ def _rows(scans: Sequence[Tensor]) -> list[Tensor]:
     return [(scan if scan.stride(1) == 1 else scan.contiguous()).float() for scan in scans]
 
 
+def _on_host(transforms: Tensor) -> Tensor:
+    """The kernels take transforms as arguments of their launches."""
+    return transforms.to("cpu", torch.float64).contiguous()
+
+
 def _settings(grid: ResidualGrid) -> tuple[list[int], list[float]]:
     limits = [grid.max_range, *grid.z, grid.min_ratio, grid.min_height, grid.max_height]
     return [grid.rows, grid.columns], [float(limit) for limit in limits]
 
 
 @native.fake("height_residual")
-def _(scans, transforms, bins, limits, windows, read):
-    num_points = sum(scan.shape[0] for scan in scans[read[0] : read[1]])
-    return transforms.new_empty(num_points, len(windows) // 2 - 1, dtype=torch.float32)
+def _(scans, transforms, bins, limits, windows, read, out, channels):
+    return None
 
 
 @native.fake("height_residual_sequence")
 def _(scans, transforms, bins, limits):
-    return transforms.new_empty(sum(scan.shape[0] for scan in scans), transforms.shape[1], dtype=torch.float32)
+    return scans[0].new_empty(sum(scan.shape[0] for scan in scans), transforms.shape[1])

@@ -38,7 +38,9 @@ class GriddedPoints(NamedTuple):
         cells and voxels without points come last: B * R * A and B * R * A * Z, beyond the grid; they start where the
         points end;
         padding points come last in `order`, in no cell or voxel; their features are 0, their cell_rank N, which is no
-        cell, their voxel_rank N - 1, a voxel without points.
+        cell, their voxel_rank N - 1, a voxel without points;
+        with `max_cells`, M is that; cells beyond have no place, their points a rank from M on, and `cell_start` ends
+        before the points do: that is how to see it.
     """
 
     features: Tensor
@@ -67,7 +69,9 @@ class GriddedPoints(NamedTuple):
 
 
 @torch.no_grad()
-def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: bool = False) -> GriddedPoints:
+def polar_grid(
+    points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: bool = False, max_cells: int | None = None
+) -> GriddedPoints:
     """Voxel, BEV cell and the nine input features of each point.
 
     Index = floor((clip(v) - min) / interval) in float64; the feature offsets are those of the unclipped point.
@@ -80,6 +84,8 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: boo
         fixed_size: Whether the sizes of the results depend on N alone, as a CUDA graph needs. The offsets may then end
             before N: the rows after are padding, of any value. For inference: `voxel_head` and `cells_to_bev` have no
             gradient with padding.
+        max_cells: Cells that there is room for, if of fixed size; None: as many as points. A scan of 120 k points has
+            some 25 k, and room is work for what comes after.
     Returns: `GriddedPoints`. The number of occupied cells and voxels is read back from the device once, of fixed size
         never by the native ops.
     Raises: ValueError if the points are not [N, 4] or the offsets do not end at N.
@@ -95,15 +101,18 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: boo
         and offsets[-1] != len(points)
     ):
         raise ValueError(f"polar_grid: offsets end at {int(offsets[-1])}, but there are {len(points)} points")
+    size = fixed_size, -1 if max_cells is None else max_cells
     if native.serves(points) and points.dtype == torch.float32:
         shape = (list(grid.lower), list(grid.upper), list(grid.interval), list(grid.bins))
-        return GriddedPoints(*torch.ops.kdmos.polar_grid(points.contiguous(), offsets.contiguous(), *shape, fixed_size))
-    return GriddedPoints(*reference.polar_grid(points, offsets, grid, fixed_size))
+        return GriddedPoints(*torch.ops.kdmos.polar_grid(points.contiguous(), offsets.contiguous(), *shape, *size))
+    return GriddedPoints(*reference.polar_grid(points, offsets, grid, *size))
 
 
 @native.fake("polar_grid")
-def _(points, offsets, lower, upper, interval, bins, fixed_size=False):
+def _(points, offsets, lower, upper, interval, bins, fixed_size=False, max_cells=-1):
     num_points = num_cells = num_voxels = points.shape[0]
+    if fixed_size and max_cells >= 0:
+        num_cells = min(max_cells, num_points)
     if not fixed_size:
         context = torch.library.get_ctx()
         num_cells, num_voxels = context.new_dynamic_size(), context.new_dynamic_size()

@@ -21,10 +21,12 @@ def scan_index(offsets: Tensor, num_points: int) -> Tensor:
     return torch.repeat_interleave(scans, offsets.diff(), output_size=num_points)
 
 
-def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: bool = False):
+def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: bool = False, max_cells: int = -1):
     if fixed_size:
         num_points, num_places = int(offsets[-1]), (offsets.numel() - 1) * grid.bins[0] * grid.bins[1]
-        return padded(polar_grid(points[:num_points], offsets, grid), len(points), num_places, grid.bins[2])
+        num_cells = len(points) if max_cells < 0 else min(max_cells, len(points))
+        gridded = polar_grid(points[:num_points], offsets, grid)
+        return padded(gridded, len(points), num_cells, num_places, grid.bins[2])
     x, y, z, remission = points.unbind(1)
     rho, phi = torch.sqrt(x * x + y * y), torch.atan2(y, x)
     position = torch.stack([rho, phi, z], 1).double()  # float64: an index must not depend on float32 rounding
@@ -47,8 +49,8 @@ def polar_grid(points: Tensor, offsets: Tensor, grid: PolarGrid, fixed_size: boo
     return features, cell_of_voxel[voxel_rank], cells, cell_start, voxel_rank, voxels, voxel_start, order
 
 
-def padded(gridded, N: int, num_places: int, heights: int):
-    """The results of `polar_grid` with as many points, cells and voxels as given."""
+def padded(gridded, N: int, num_cells: int, num_places: int, heights: int):
+    """The results of `polar_grid` with as many points, cells and voxels as given; cells beyond have no place."""
     features, cell_rank, cells, cell_start, voxel_rank, voxels, voxel_start, order = gridded
     num_points = len(features)
 
@@ -58,8 +60,8 @@ def padded(gridded, N: int, num_places: int, heights: int):
     return (
         fill(features, N, 0),
         fill(cell_rank, N, N),
-        fill(cells, N, num_places),
-        fill(cell_start, N + 1, num_points),
+        fill(cells[:num_cells], num_cells, num_places),
+        fill(cell_start[: num_cells + 1], num_cells + 1, num_points),
         fill(voxel_rank, N, N - 1),
         fill(voxels, N, num_places * heights),
         fill(voxel_start, N + 1, num_points),

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.inference import prepared
 from kdmos.models import build_student, load_student
-from kdmos.models.fast import FastStudent, GraphedStudent, usable_precision
+from kdmos.models.fast import FastStudent, GraphedStudent
 from kdmos.motion import motion_channels
 from kdmos.ops import native
+from kdmos.precision import usable_precision
 from kdmos.settings import PolarGrid
 
 
@@ -109,7 +110,9 @@ def test_copies_the_weights(trained):
 
 def test_precisions(monkeypatch):
     assert usable_precision("float32", "cpu") == torch.float32
-    with pytest.raises(ValueError, match=r"precision must be one of \('float32', 'bfloat16', 'float16'\), got 'int8'"):
+    with pytest.raises(
+        ValueError, match=r"precision must be one of \('float32', 'tf32', 'bfloat16', 'float16'\), got 'int8'"
+    ):
         usable_precision("int8", "cpu")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

@@ -8,7 +8,8 @@ from kdmos import metrics, predict
 from kdmos.data.labels import CLASSES, to_classes
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.models import SHIPPED, load_student, save_model
-from kdmos.models.fast import FastStudent, usable_precision
+from kdmos.models.fast import FastStudent
+from kdmos.precision import usable_precision
 from kdmos.settings import PolarGrid
 
 

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from kdmos.models import build_student
 from kdmos.models.fast import FastStudent, GraphedStudent
 from kdmos.ops import native
+from kdmos.precision import products
 from kdmos.settings import PolarGrid
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -15,10 +16,9 @@ GRID = PolarGrid(bins=(48, 40, 8))
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    """Of the plain student, which multiplies as torch is told to; the fast form takes care of itself."""
+    with products(tf32=False):
+        yield
 
 
 def batch(device):
@@ -55,6 +55,18 @@ def test_fast_form(precision, tolerance):
         expected = student(*batch("cpu")).point_logits
     logits = FastStudent(student.to("cuda"), precision)(*batch("cuda")).point_logits.cpu()
     assert_close(logits, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def test_float32_is_float32_whatever_torch_is_told():
+    torch.manual_seed(0)
+    student = build_student("kdmos", grid=GRID).eval().cuda()
+    with products(tf32=True):
+        logits = FastStudent(student)(*batch("cuda")).point_logits
+        assert torch.backends.cudnn.allow_tf32  # as it was
+    assert torch.equal(logits, FastStudent(student)(*batch("cuda")).point_logits)
+    rounded = FastStudent(student, "tf32")(*batch("cuda")).point_logits
+    assert not torch.equal(logits, rounded)
+    assert_close(rounded, logits, rtol=0, atol=0.02 * logits.abs().max().item())
 
 
 def test_another_stream():

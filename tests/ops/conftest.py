@@ -9,13 +9,18 @@ from contextlib import ExitStack
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kdmos.ops import native
 
+ON_HOST = {"height_residual": 1, "height_residual_sequence": 1}  # op -> the argument that stays on the CPU
+
 
 class OnDevice(TorchDispatchMode):
-    """Runs the native ops, forward and backward, on another device than that of their tensors."""
+    """Runs the native ops, forward and backward, on another device than that of their tensors.
+
+    What an op writes into its arguments comes back into them.
+    """
 
     def __init__(self, device):
         super().__init__()
@@ -25,8 +30,16 @@ class OnDevice(TorchDispatchMode):
         if op.namespace != "kdmos":
             return op(*arguments, **(options or {}))
         self.calls += 1
-        there = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), (arguments, options or {}))
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), op(*there[0], **there[1]))
+        there = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), list(arguments))
+        stays = ON_HOST.get(op._schema.name.split("::")[1])
+        if stays is not None:
+            there[stays] = arguments[stays]
+        out = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), op(*there, **(options or {})))
+        for argument, ours, theirs in zip(op._schema.arguments, arguments, there):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for to, written in zip(tree_leaves(ours), tree_leaves(theirs)):
+                    to.copy_(written)
+        return out
 
 
 class OnHost(TorchDispatchMode):

@@ -211,6 +211,24 @@ def test_fixed_size_with_a_voxel_for_each_point():
         assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("lengths", [(300,), (120, 0, 180)])
+@pytest.mark.parametrize("spare", [1, 0, -1, -100])
+def test_room_for_so_many_cells(lengths, spare):
+    """Cells beyond have no place, their points no cell, and the end of `cell_start` tells."""
+    grid, (n, offsets) = PolarGrid(bins=(7, 50, 40)), (sum(lengths), torch.tensor([0, *lengths]).cumsum(0))
+    points = torch.randn(n + 20, 4, generator=torch.Generator().manual_seed(n)) * 20
+    plain = polar_grid(points[:n], offsets, grid)
+    size = len(plain.cells) + spare
+    ours, roomy = polar_grid(points, offsets, grid, True, size), polar_grid(points, offsets, grid, True)
+    assert len(ours.cells) == size
+    assert torch.equal(ours.cells, roomy.cells[:size])
+    assert torch.equal(ours.cell_start, roomy.cell_start[: size + 1])
+    assert (int(ours.cell_start[-1]) == n) == (spare >= 0)
+    for name in ("features", "cell_rank", "voxel_rank", "voxels", "voxel_start", "order"):
+        assert torch.equal(getattr(ours, name), getattr(roomy, name)), name
+    assert len(polar_grid(points, offsets, grid, True, 10**6).cells) == n + 20
+
+
 def test_refuses_offsets_that_do_not_fit(backend):
     if backend == "cuda":
         pytest.skip("reading them would wait for the device")

@@ -54,7 +54,15 @@ def samples():
         "polar_scatter_backward": (random(7, 5), torch.zeros(7, 5, dtype=torch.int64), *order, 50),
         "polar_scatter_bev": (rows.detach(), *order, torch.arange(7) * 2, 20),
         "cells_to_bev": (random(7, 5, grad=True), torch.arange(7) * 2, 20),
-        "height_residual": (scans, eye.repeat(4, 1, 1), *LIMITS, [2, 4, 0, 2], [0, 4]),
+        "height_residual": (
+            scans,
+            eye.repeat(4, 1, 1),
+            *LIMITS,
+            [2, 4, 0, 2],
+            [1, 3],
+            [torch.zeros(20, 3), torch.zeros(20, 1)],
+            [2, 0],
+        ),
         "height_residual_sequence": (scans, eye.repeat(3, 2, 1, 1), *LIMITS),
         "selective_scan": (*scan, torch.tensor([0, 20, 70]), True),
         "selective_scan_backward": (

@@ -1,0 +1,32 @@
+"""What a precision means, on whatever this machine has."""
+
+import pytest
+import torch
+
+from kdmos.precision import products, usable_precision
+
+cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
+
+
+def test_tf32_is_float32_on_a_cpu():
+    with pytest.warns(UserWarning, match="tf32 is not computed natively on this cpu; staying in float32"):
+        assert usable_precision("tf32", "cpu") == torch.float32
+    assert usable_precision("tf32", "cuda") == usable_precision("float32", "cuda") == torch.float32
+
+
+def test_products_without_a_gpu_change_nothing():
+    with products(tf32=True):
+        assert torch.equal(torch.eye(2) @ torch.eye(2), torch.eye(2))
+
+
+@cuda_build
+@pytest.mark.parametrize("tf32", [True, False])
+def test_products_are_as_said_and_as_before_after_an_error(tf32):
+    def told():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = told()
+    with pytest.raises(KeyError), products(tf32):
+        assert told() == (tf32, tf32)
+        raise KeyError
+    assert told() == before
