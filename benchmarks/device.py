@@ -91,6 +91,7 @@ LEAST = 4  # seconds: with less a stage is not begun
 GRACE = 5  # seconds from asking a command to end until it is ended
 NO_GPU = 77
 LOG_BYTES = 2 << 20  # of a stage's output in the pack: its beginning and its end
+MORE_BYTES = 6 << 20  # of a file under more/
 FILE_BYTES = 15 << 20  # of one file that goes back
 MOST_KEPT = 2  # files under keep/: with two calls' three files each, eight
 
@@ -160,42 +161,48 @@ def found_in(log: Path, code: int) -> str:
     return (last if code == 0 else f"exit code {code}: {last}")[:160]
 
 
-def packed(files: list[tuple[str, Path]], most: int | None = None) -> bytes:
-    """A .tar.gz; of a file longer than `most` bytes its beginning and its end."""
+def packed(files: list[tuple[str, bytes]]) -> bytes:
+    """A .tar.gz."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as tar:
-        for name, path in files:
-            content = path.read_bytes()
-            if most and len(content) > most:
-                content = content[: most // 4] + b"\n[...]\n" + content[-3 * most // 4 :]
+        for name, content in files:
             about = tarfile.TarInfo(name)
-            about.size, about.mtime = len(content), int(path.stat().st_mtime)
+            about.size, about.mtime = len(content), int(time.time())
             tar.addfile(about, io.BytesIO(content))
     return buffer.getvalue()
 
 
+def shortened(content: bytes) -> bytes:
+    """Beginning and end of a long log."""
+    if len(content) <= LOG_BYTES:
+        return content
+    return content[: LOG_BYTES // 4] + b"\n[...]\n" + content[-3 * LOG_BYTES // 4 :]
+
+
 def pack(staging: Path, out: Path, call: str, summary: str) -> None:
-    """Write all that is there by now, each file whole or not at all. What cannot be packed is said in the summary."""
+    """Write all that is there by now, each file whole or not at all. What stays behind is said in the summary."""
     out.mkdir(parents=True, exist_ok=True)
-    logs = sorted(path for name in ("logs", "more") for path in (staging / name).rglob("*") if path.is_file())
-    rows = sorted((staging / "rows").glob("*.csv"))
-    content = {}
-    for name, files, most in (("logs", logs, LOG_BYTES), ("rows", rows, None)):
-        try:
-            content[f"{name}-{call}.tar.gz"] = packed([(str(p.relative_to(staging)), p) for p in files], most)
-        except OSError as error:  # a file that vanished meanwhile
-            summary += f"{name}: not packed: {error}\n"
-    for path in sorted((staging / "keep").glob("*"))[:MOST_KEPT]:
-        content[path.name] = path.read_bytes()
-    for name in [name for name, data in content.items() if len(data) > FILE_BYTES]:
-        summary += f"{name}: {len(content.pop(name)) >> 20} MiB are too many, left out\n"
-    content[f"summary-{call}.txt"] = summary.encode()
-    for name, data in content.items():
-        temporary = staging / f".{name}.part"
-        temporary.write_bytes(data)
-        shutil.copyfile(temporary, out / f".{name}.part")  # $OUT may be another file system
-        os.replace(out / f".{name}.part", out / name)
-        temporary.unlink()
+    read: dict[str, list[tuple[str, bytes]]] = {"logs": [], "more": [], "rows": [], "keep": []}
+    for name, files in read.items():
+        for path in sorted(path for path in (staging / name).rglob("*") if path.is_file()):
+            with contextlib.suppress(FileNotFoundError):  # one that vanished meanwhile
+                files.append((str(path.relative_to(staging)), path.read_bytes()))
+    logs = [(name, shortened(content)) for name, content in read["logs"]]
+    more = [(name, content) for name, content in read["more"] if len(content) <= MORE_BYTES]
+    together = {f"logs-{call}.tar.gz": packed(logs + more), f"rows-{call}.tar.gz": packed(read["rows"])}
+    if len(together[f"logs-{call}.tar.gz"]) > FILE_BYTES:
+        together[f"logs-{call}.tar.gz"], more = packed(logs), []
+    together |= {Path(name).name: content for name, content in read["keep"][:MOST_KEPT]}
+    large = [name for name, content in together.items() if len(content) > FILE_BYTES]
+    stays = [name for name, _ in read["more"] if name not in dict(more)] + [
+        name for name, _ in read["keep"][MOST_KEPT:]
+    ]
+    summary += "".join(f"left out: {name}\n" for name in [*stays, *large])
+    together = {name: content for name, content in together.items() if name not in large}
+    for name, content in {**together, f"summary-{call}.txt": summary.encode()}.items():
+        temporary = out / f".{name}.part"
+        temporary.write_bytes(content)
+        os.replace(temporary, out / name)
 
 
 def lines_of(call: str, outcomes: list[tuple[str, Outcome]], seconds: float, budget: float) -> str:

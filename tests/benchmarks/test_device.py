@@ -83,14 +83,17 @@ def test_what_is_too_large_stays(tmp_path, monkeypatch):
     stages = [
         Stage("talks", 20, 1, "for i in $(seq 2000); do echo line $i; done"),
         Stage("weighs", 20, 1, 'head -c 60000 /dev/urandom > "$KDMOS_STAGING/keep/large.bin"'),
+        Stage("draws", 20, 1, 'head -c 60000 /dev/urandom > "$KDMOS_STAGING/more/trace.gz"'),
         Stage("crowds", 20, 1, 'for i in $(seq 9); do echo $i > "$KDMOS_STAGING/keep/a$i"; done'),
     ]
     _, _, out = run(tmp_path, stages)
     log = members(out / "logs-A.tar.gz")["logs/00-talks.log"]
     assert b"line 1\n" in log and log.endswith(b"line 2000\n") and len(log) < 1100
+    assert set(members(out / "logs-A.tar.gz")) == {f"logs/0{i}-{s.name}.log" for i, s in enumerate(stages)}
+    assert "left out: more/trace.gz" in (out / "summary-A.txt").read_text()
     assert not (out / "large.bin").exists() and len(list(out.iterdir())) == 3 + device.MOST_KEPT
     _, _, out = run(tmp_path, stages[1:2])
-    assert "large.bin: 0 MiB are too many" in (out / "summary-A.txt").read_text()
+    assert "left out: large.bin" in (out / "summary-A.txt").read_text()
 
 
 def test_caps_shrink_to_what_is_left():
