@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / "gpu_pack"
 STREETS = ROOT / "runs" / "gpu-streets"
 RUN = ROOT / "runs" / "gpu-train"
-WEIGHTS = ROOT / "kdmos" / "weights" / "synthetic.safetensors"
+WEIGHTS = Path("kdmos/weights/synthetic.safetensors")  # as the header of what starts from them names them
 SCANS = PACK / "realdata" / "kitti-raw-0005-a"
 STAGING = Path(os.environ.get("KDMOS_STAGING", ROOT / "runs" / "gpu-stage"))
 NO_GPU = 77
@@ -214,10 +214,10 @@ def _running(path: Path) -> int | None:
     """The process that a file names, if it runs."""
     try:
         process = int(path.read_text())
-        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, ValueError):
         return None
-    return process
+    return process if state not in ("Z", "X") else None  # ended, and nobody has asked how
 
 
 # --- tests
@@ -432,7 +432,7 @@ def train(root: Path = STREETS, options: Sequence[str] = ()) -> int:
         for workers in (min(12, os.cpu_count() or 1), 0):  # none: where processes have no memory to share
             begun = time.monotonic()
             common.append(f"data.workers={workers}")
-            lines = list(_trained([f"init={WEIGHTS}", f"output={first}", *common, *settings], end))
+            lines = list(_trained([f"init={WEIGHTS}", f"output={named(first)}", *common, *settings], end))
             took = [float(match[1]) for line in lines if (match := re.search(r"  (\d+) s$", line))]
             if took:
                 break
@@ -444,7 +444,7 @@ def train(root: Path = STREETS, options: Sequence[str] = ()) -> int:
         epochs = max(1, int(0.9 * (end - time.monotonic() - beside) / max(took[0], 0.5)))
         settings = [f"epochs={epochs}", "optimizer.lr=0.02", f"optimizer.decay={0.05 ** (1 / epochs):.4f}"]
         settings += ["optimizer.warmup_epochs=0.1", "save_every=50"]
-        lines += _trained([f"init={first / 'last.safetensors'}", f"output={fine}", *common, *settings], end)
+        lines += _trained([f"init={named(first)}/last.safetensors", f"output={named(fine)}", *common, *settings], end)
     else:
         lines = list(_trained(["--config", str(fine / "config.yaml"), "--resume"], end))
     done = sum(line.startswith("epoch ") for line in lines)
@@ -468,15 +468,21 @@ def train(root: Path = STREETS, options: Sequence[str] = ()) -> int:
     return found(f"{len(learnt)} streets, {done} epochs; moving IoU {', '.join(words)}")
 
 
+def named(path: Path) -> Path:
+    """As a header says it: from the checkout on."""
+    return path.relative_to(ROOT)
+
+
 def put_away(weights: Path) -> None:
     """To the files that go back, in float16."""
     import torch
 
+    from benchmarks import rows
     from kdmos.models import load_student, save_model
 
     (STAGING / "keep").mkdir(parents=True, exist_ok=True)
     model = load_student(weights)
-    about = {key: value for key, value in model.header.items() if key != "model"}
+    about = {key: value for key, value in model.header.items() if key != "model"} | {"commit": rows.commit()}
     save_model(STAGING / "keep" / "student.safetensors", model, torch.float16, **about)
     shutil.copy(weights.with_suffix(".md"), STAGING / "keep" / "student.md")
 
