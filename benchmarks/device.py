@@ -46,7 +46,7 @@ class Stage(NamedTuple):
 
     name: str
     cap: int | None
-    keep: int
+    keep: float
     command: str
 
 
@@ -100,6 +100,12 @@ class Outcome(NamedTuple):
     result: str  # "ok", "failed", "no GPU", "timeout", "no time"
     seconds: float
     found: str
+
+
+def fitted(stages: Sequence[Stage], budget: float) -> list[Stage]:
+    """The stages, keeping less for themselves where the budget is too small for what they would keep."""
+    share = min(1.0, max(0.0, budget - PACKING) / max(1, sum(stage.keep for stage in stages)))
+    return [stage._replace(keep=stage.keep * share) for stage in stages]
 
 
 def cap_of(stages: Sequence[Stage], number: int, left: float) -> float:
@@ -215,7 +221,7 @@ def run_call(
     call: str, stages: Sequence[Stage], budget: float, out: Path, staging: Path, environment: dict[str, str]
 ) -> tuple[str, bool]:
     """Run the stages of a call; the summary, and whether none of them failed."""
-    start, outcomes = time.monotonic(), []
+    start, outcomes, stages = time.monotonic(), [], fitted(stages, budget)
     shutil.rmtree(staging, ignore_errors=True)
     for name in ("logs", "more", "rows", "keep"):
         (staging / name).mkdir(parents=True)

@@ -19,6 +19,7 @@ environment() {
     "$here" -m pip uninstall -q -y pydantic pydantic-core annotated-types typing-inspection 2>/dev/null
     "$here" - <<'CHECK'
 import importlib.util, sys, torch
+assert sys.version_info[:2] == (3, 12), f"Python {sys.version}, where 3.12 is wanted"
 assert torch.version.cuda, f"torch {torch.__version__} is a CPU build"
 assert importlib.util.find_spec("pydantic") is None, "pydantic is here, as it is not there"
 print(f"twin: Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")

@@ -104,6 +104,16 @@ def test_caps_shrink_to_what_is_left():
     assert device.cap_of(stages, 2, 80) == 80 - device.PACKING
 
 
+def test_a_small_budget_is_shared():
+    stages = [Stage("a", 90, 30, ""), Stage("b", 50, 60, "")]
+    assert device.fitted(stages, 98) == stages
+    small = device.fitted(stages, 45 + device.PACKING)
+    assert [device.cap_of(small, i, left) for i, left in ((0, 45 + device.PACKING), (1, 30 + device.PACKING))] == [
+        15,
+        30,
+    ]
+
+
 def test_a_stage_without_time_is_not_begun(tmp_path):
     lines, good, _ = run(tmp_path, [Stage("late", 60, 1, "touch begun"), Stage("kept", 60, 30, "true")], budget=35)
     assert lines[1].startswith("no time") and lines[2].startswith("ok") and not good
