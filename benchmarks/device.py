@@ -39,6 +39,7 @@ BF16 = "--device cuda --precision bfloat16"
 SCANS = "gpu_pack/realdata/kitti-raw-0005-a"
 OP_TESTS = "-k cuda tests/ops"  # of the other backends they run anywhere
 MODEL_TESTS = "tests/models/test_student_on_gpu.py tests/models/test_teacher_on_gpu.py tests/models/test_fast.py"
+MODEL_TESTS += " tests/test_stream_on_gpu.py"
 
 
 class Stage(NamedTuple):

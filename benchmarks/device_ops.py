@@ -101,11 +101,14 @@ class Draw:
         return self(batch, channels, *self.size.level(level)).contiguous(memory_format=torch.channels_last)
 
     def points(self) -> Tensor:
-        """As a sensor sees them: many near, few far; float32."""
-        count = self.size.points
-        rho = 2 + 58 * torch.rand(count, generator=self.generator) ** 2
+        """As 64 beams see them, beam by beam: some 30 k cells of 120 k points; float32."""
+        count, beams = self.size.points, 64
+        beam = torch.arange(count) * beams // count
         phi = (2 * torch.rand(count, generator=self.generator) - 1) * torch.pi
-        z = 1.2 * torch.randn(count, generator=self.generator) - 1
+        reach = 2.5 + 55 * torch.rand(beams, generator=self.generator)[beam] ** 1.5
+        turn = 6 * torch.rand(beams, generator=self.generator)[beam]
+        rho = reach * (1 + 0.1 * (3 * phi + turn).sin()) + 0.02 * torch.randn(count, generator=self.generator)
+        z = 0.1 * torch.randn(count, generator=self.generator) - 1.7 + 0.5 * turn
         return torch.stack([rho * phi.cos(), rho * phi.sin(), z, torch.rand(count, generator=self.generator)], 1)
 
     def gridded(self) -> ops.GriddedPoints:
@@ -157,6 +160,58 @@ def polar_scatter_bev(draw: Draw) -> Work:
 
     residual = draw(draw.size.points, 8).relu()
     return Work(forward, (residual, gridded.cell_rank, gridded.cells, *gridded.by_cell))
+
+
+def cell_max(draw: Draw) -> Work:
+    def forward(features, order, start):
+        return ops.cell_max(features, ops.PointOrder(order, start))
+
+    return Work(forward, (draw(draw.size.points, 256), *draw.gridded().by_cell))
+
+
+def cells_to_image(draw: Draw) -> Work:
+    cells, wide = draw.gridded().cells, partial(draw, dtype=torch.float32)
+
+    def forward(values, cells, factor, background):
+        return ops.cells_to_image(values, cells, factor, background, 1, draw.size.grid, values.dtype)
+
+    return Work(forward, (draw(len(cells), 32), cells, wide(32), wide(32)))
+
+
+def bias_activation(draw: Draw) -> Work:
+    """In place: over and over the values grow or shrink, which costs the same."""
+
+    def forward(x, bias):
+        ops.bias_activation(x, bias, 0.01)
+        return x
+
+    return Work(forward, (draw.image(32), draw(32, dtype=torch.float32)))
+
+
+def copy_scan(draw: Draw) -> Work:
+    points = draw.points()
+    points[::100, 1] = torch.nan
+    points[5::100, 3] = 2.0
+
+    def forward(points):
+        out = torch.empty_like(points)
+        return ops.copy_scan(points, out, 1.0), out
+
+    def view(found):
+        count, out = found
+        return count, out.isnan(), out.nan_to_num(7.0)
+
+    return Work(forward, (points,), view=view)
+
+
+def label_points(draw: Draw) -> Work:
+    def forward(logits):
+        labels = torch.empty(len(logits), dtype=torch.uint32, device=logits.device)
+        probability = torch.empty(len(logits), device=logits.device)
+        ops.label_points(logits, 3, [0, 9, 10, 251], labels, probability)
+        return labels, probability
+
+    return Work(forward, (3 * draw(draw.size.points, 4),), view=lambda found: (found[0].long(), found[1]))
 
 
 def cells_to_bev(draw: Draw) -> Work:
@@ -306,7 +361,12 @@ CASES: dict[str, tuple[Callable[[Draw], Work], tuple[str, ...]]] = {
     "polar_scatter": (polar_scatter, HALVES),
     "polar_scatter unsorted": (polar_scatter_unsorted, HALVES),
     "polar_scatter_bev": (polar_scatter_bev, HALVES),
+    "cell_max": (cell_max, HALVES),
     "cells_to_bev": (cells_to_bev, HALVES),
+    "cells_to_image": (cells_to_image, HALVES),
+    "bias_activation": (bias_activation, HALVES),
+    "copy_scan": (copy_scan, ("float32",)),
+    "label_points": (label_points, ("float32",)),
     "linear_max": (linear_max, HALVES),
     "mlp_max": (mlp_max, HALVES),
     **{f"dysample at level {n}": (partial(dysample, level=n), HALVES) for n in (1, 2, 3, 4)},
@@ -358,9 +418,12 @@ def moved(work: Work, device: str) -> Work:
 
 
 def widened(work: Work) -> Work:
-    """With the same numbers in float32."""
-    halves = (torch.bfloat16, torch.float16)
-    return work._replace(inputs=tree_map_only(Tensor, lambda t: t.float() if t.dtype in halves else t, work.inputs))
+    """A copy with the same numbers in float32."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.clone()
+
+    return work._replace(inputs=tree_map_only(Tensor, wide, work.inputs))
 
 
 def poison(device: str) -> None:
@@ -401,8 +464,8 @@ def check(name: str, seed: int, size: Size, dtype: str, device: str) -> tuple[bo
     if work.leaves:
         shape = tree_leaves(run(wide))[0].shape
         gradient = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) if shape else torch.tensor(1.0)
+    on_device = moved(work, device)  # first: some ops write into what they are given
     expected = run(wide, gradient)
-    on_device = moved(work, device)
     if size is REAL:  # a memory checker tells by itself
         poison(device)
     found = run(on_device, None if gradient is None else gradient.to(device))

@@ -10,12 +10,16 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def("sort_by_cell(Tensor cell, int num_cells) -> (Tensor order, Tensor start)");
   m.def("voxel_label(Tensor labels, Tensor order, Tensor voxel_start, int num_classes) -> Tensor");
   m.def("polar_scatter(Tensor features, Tensor? order, Tensor start) -> (Tensor maximum, Tensor argmax)");
+  m.def("cell_max(Tensor features, Tensor? order, Tensor start) -> Tensor");
   m.def(
       "polar_scatter_backward(Tensor gradient, Tensor argmax, Tensor? order, Tensor start, int num_points) -> Tensor");
   m.def(
       "polar_scatter_bev(Tensor features, Tensor? order, Tensor start, Tensor cells, int num_places) -> Tensor");
   m.def("mlp_max(Tensor points, Tensor[] weights, Tensor[] biases, Tensor order, Tensor start) -> Tensor");
   m.def("cells_to_bev(Tensor values, Tensor cells, int num_places) -> Tensor");
+  m.def(
+      "cells_to_image(Tensor values, Tensor cells, Tensor factor, Tensor background, int num_places, "
+      "ScalarType dtype) -> Tensor");
   m.def(
       "height_residual(Tensor[] scans, Tensor transforms, int[] bins, float[] limits, int[] windows, int[] read, "
       "Tensor(a!)[] out, int[] channels) -> ()");
@@ -32,6 +36,10 @@ STABLE_TORCH_LIBRARY(kdmos, m) {
   m.def(
       "wdcd_loss(Tensor student, Tensor teacher, Tensor labels, Tensor tables, Tensor? offsets, float temperature, "
       "int normaliser, float floor, bool with_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def("copy_scan(Tensor points, Tensor(a!) out, float most) -> Tensor");
+  m.def(
+      "label_points(Tensor logits, int moving, int[] raw, Tensor(a!) labels, Tensor(b!) probability) -> ()");
+  m.def("bias_activation(Tensor(a!) x, Tensor bias, float slope) -> ()");
   m.def("add_rows(Tensor(a!) to, Tensor index, Tensor rows) -> ()");
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor skip, Tensor? gate, "

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kdmos import ops
 from kdmos.command import listed
 from kdmos.data.profile import SensorProfile
 from kdmos.data.semantic_kitti import Sequence, find_sequences, split_sequences
@@ -40,10 +41,69 @@ class ScanLogits(NamedTuple):
 Model = Student | FastStudent | Rule | Teacher
 
 
-def decided(logits: torch.Tensor, moving: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class and moving probability of each point, int64 [n] and float32 [n], from float32 [n, C]."""
-    # softmax along rows of a few classes takes torch five times as long as along columns, argmax the other way round
-    return logits.argmax(1), logits.T.contiguous().softmax(0)[moving]
+class WayIn:
+    """Scans on their way to the device: copied once, looked at in passing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pinned: torch.Tensor | None = None  # what the GPU copies from, by itself
+        self._copied: torch.cuda.Event | None = None  # when it has
+
+    def take(self, points: np.ndarray | torch.Tensor, most: float) -> tuple[torch.Tensor, int, int]:
+        """The scan, float32 [n, 4] on the device, points with a non-finite value all NaN; how many these are; and how
+        many of the others have a remission below 0 or above `most`."""
+        if isinstance(points, torch.Tensor):
+            scan = points.detach().to(torch.float32)
+            scan = scan if scan.device in (self.device, torch.device("cpu")) else scan.to(self.device)
+        else:
+            with np.errstate(over="ignore"):  # what does not fit into float32 is not finite
+                scan = np.asarray(points, np.float32)
+            if not scan.flags.writeable or any(step < 0 for step in scan.strides):  # torch shares no such array
+                scan = scan.copy()
+            scan = torch.from_numpy(scan)
+        if len(scan) == 0:
+            return torch.zeros(0, 4, device=self.device), 0, 0
+        if scan.stride(1) != 1:
+            scan = scan.contiguous()
+        if self.device.type != "cuda" or scan.is_cuda:
+            out = scan.new_empty(scan.shape)
+            return out, *ops.copy_scan(scan, out, most).tolist()
+        if self._pinned is None or len(self._pinned) < len(scan):
+            self._pinned, self._copied = torch.empty(len(scan), 4, pin_memory=True), torch.cuda.Event()
+        self._copied.synchronize()  # the scan before has left
+        pinned = self._pinned[: len(scan)]
+        counts = ops.copy_scan(scan, pinned, most).tolist()
+        out = pinned.to(self.device, non_blocking=True)
+        self._copied.record(torch.cuda.current_stream(self.device))
+        return out, *counts
+
+
+class WayOut:
+    """Labels on their way from the device: one pass from logits to what a result holds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pinned: tuple[torch.Tensor, torch.Tensor] | None = None  # what the GPU writes to, by itself
+
+    def decide(self, logits: torch.Tensor, moving: int, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and moving probability, uint32 [n] and float32 [n], of logits float32 [n, C]; waits for the device.
+
+        Args:
+            moving: The moving class.
+            raw: The label of each class.
+        """
+        size = len(logits)
+        if self.device.type != "cuda":
+            labels, probability = torch.empty(size, dtype=torch.uint32), torch.empty(size)
+            ops.label_points(logits, moving, raw.tolist(), labels, probability)
+            return labels.numpy(), probability.numpy()
+        if self._pinned is None or len(self._pinned[0]) < size:
+            made = (torch.empty(size, dtype=dtype, pin_memory=True) for dtype in (torch.uint32, torch.float32))
+            self._pinned = tuple(made)
+        labels, probability = (tensor[:size] for tensor in self._pinned)
+        ops.label_points(logits, moving, raw.tolist(), labels, probability)
+        torch.cuda.current_stream(self.device).synchronize()
+        return labels.numpy().copy(), probability.numpy().copy()  # the next scan overwrites them
 
 
 def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> FastStudent | Rule | Teacher:
@@ -62,14 +122,19 @@ def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> Fas
     return model
 
 
-Answer = Callable[[], torch.Tensor]  # computes the logits [n, C] of a scan when called
+Answer = Callable[[], torch.Tensor]  # computes the logits [n, C] of a scan when called; see also `settled`
+
+
+def settled(model: Model, logits: torch.Tensor) -> torch.Tensor:
+    """The last answer's logits, when the device is done with them: made anew if a graph had no room for the scan."""
+    return model.settled(logits) if isinstance(model, GraphedStudent) else logits
 
 
 class StudentScans:
     """Scans one after the other, to a student; what is kept of them is bounded, on their device.
 
-    `push` takes the next one and returns the answer for the one `lookahead` before it, None while there is none;
-    `flush` returns the answers for those that still wait, and begins anew.
+    `push` takes the next one, all of whose values are finite, and returns the answer for the one `lookahead` before it,
+    None while there is none; `flush` returns the answers for those that still wait, and begins anew.
     """
 
     def __init__(self, student: Student | FastStudent | Rule) -> None:
@@ -80,14 +145,16 @@ class StudentScans:
         points = self.waiting.popleft()
 
         def logits() -> torch.Tensor:
-            offsets = torch.tensor([0, len(points)], device=points.device)
+            # a graph takes one scan as a whole: no offsets need go to the device
+            device = "cpu" if isinstance(self.student, GraphedStudent) else points.device
+            offsets = torch.tensor([0, len(points)], device=device)
             return self.student(points, offsets, residual).point_logits
 
         return logits
 
     def push(self, points: torch.Tensor, pose: np.ndarray) -> Answer | None:
         self.waiting.append(points)
-        residual = self.motion.push(points, pose)
+        residual = self.motion.push(points, pose, finite=True)
         return None if residual is None else self._answer(residual)
 
     def flush(self) -> list[Answer]:
@@ -154,7 +221,10 @@ def sequence_logits(
         if frame in skip:
             return frame, None
         try:
-            return frame, ScanLogits(*found, logits().float())
+            found_logits = logits()
+            if found_logits.is_cuda:
+                torch.cuda.current_stream(found_logits.device).synchronize()
+            return frame, ScanLogits(*found, settled(model, found_logits).float())
         except InputError as error:
             return frame, InputError(f"{sequence.where(frame)}: with the scans before it: {error}")
 

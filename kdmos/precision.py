@@ -23,7 +23,7 @@ def usable_precision(name: str, device: torch.device | str) -> torch.dtype:
     dtype, device = PRECISIONS[name], torch.device(device)
     if name == "float32" or (device.type == "cuda" and name != "bfloat16"):
         return dtype
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_in(name)
+    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type != "cpu" or _cpu_computes_in(name)
     if not able:
         warnings.warn(f"{name} is not computed natively on this {device.type}; staying in float32", stacklevel=2)
     return dtype if able else torch.float32

@@ -24,7 +24,7 @@ from kdmos.data.semantic_kitti import MANIFEST, SPLIT_NAMES, read_manifest, spli
 from kdmos.data.source import ScanSource, WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
-from kdmos.inference import Model, ScanLogits, choose_device, decided, fingerprint, prepared, sequence_logits
+from kdmos.inference import Model, ScanLogits, WayOut, choose_device, fingerprint, prepared, sequence_logits
 from kdmos.models import SHIPPED, Rule, load_model
 from kdmos.motion import warn_of_incomplete
 from kdmos.odometry import Odometry, odometry_poses, poses_path, saved_poses, write_poses
@@ -66,17 +66,15 @@ def predict_sequence(
     Yields: (frame, result or error).
     Raises: InputError if the poses are missing or wrong.
     """
+    way_out, classes = WayOut(torch.device(device)), np.arange(len(model.classes))
     for frame, scan in sequence_logits(model, sequence, device, skip, profile):
-        yield frame, _result(scan, model.moving) if isinstance(scan, ScanLogits) else scan
-
-
-def _result(scan: ScanLogits, moving: int) -> ScanResult:
-    predicted = np.full(len(scan.kept), -1, np.int64)
-    probability = np.zeros(len(scan.kept), np.float32)
-    classes, moving_probability = decided(scan.logits, moving)
-    predicted[scan.kept] = classes.cpu().numpy()
-    probability[scan.kept] = moving_probability.cpu().numpy()
-    return ScanResult(predicted, probability, scan.non_finite)
+        if not isinstance(scan, ScanLogits):
+            yield frame, scan
+            continue
+        predicted = np.full(len(scan.kept), -1, np.int64)
+        probability = np.zeros(len(scan.kept), np.float32)
+        predicted[scan.kept], probability[scan.kept] = way_out.decide(scan.logits, model.moving, classes)
+        yield frame, ScanResult(predicted, probability, scan.non_finite)
 
 
 def predict_data(

@@ -20,7 +20,7 @@ from kdmos.data.poses import rigid_fault
 from kdmos.data.profile import SensorProfile, differences, load_profile
 from kdmos.data.semantic_kitti import MAX_ODD_SHARE, MAX_REMISSION
 from kdmos.errors import InputError
-from kdmos.inference import Answer, Model, choose_device, decided, prepared, scans_to
+from kdmos.inference import Answer, Model, WayIn, WayOut, choose_device, prepared, scans_to, settled
 from kdmos.models import Rule, load_model
 from kdmos.motion import pose_jump
 from kdmos.smoothing import BayesFilter
@@ -64,14 +64,15 @@ class _Waiting:
     scan_id: int
     stamp: float | None
     pose: np.ndarray | None = None
+    size: int = 0  # n, its points
     points: Tensor | None = None  # [m, 4], those that are used; empty if none can be
-    used: np.ndarray | None = None  # bool [n]
+    used: np.ndarray | None = None  # bool [n]; None: all
     answer: Answer | None = None
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def drop_points(self) -> None:
-        self.points, self.used = self.points[:0], np.zeros_like(self.used)
+        self.points, self.used = self.points[:0], np.zeros(self.size, bool)
 
 
 class MosStream:
@@ -117,8 +118,12 @@ class MosStream:
         for name, asked, is_so in (("look-ahead", lookahead, settings.lookahead), ("form", form, trained)):
             if asked is not None and asked != is_so:
                 raise InputError(f"{checkpoint}: was trained with {name} {is_so}, not {asked}")
-        to_raw(np.zeros(0, int), self.model.classes, classes, self.model.moving)
+        class_indices = np.arange(len(self.model.classes))
+        # the label of each class, and of none
+        self._raw = to_raw(class_indices, self.model.classes, classes, self.model.moving)
+        self._unused = to_raw(np.array([-1]), self.model.classes, classes, self.model.moving)
         self.classes, self.timed = classes, timed
+        self._way_in, self._way_out = WayIn(self.device), WayOut(self.device)
         self.smoothing = BayesFilter(smoothing) if smoothing else None
         self.profile = sensor if sensor is None or isinstance(sensor, SensorProfile) else load_profile(sensor)
         self.reset()
@@ -165,7 +170,8 @@ class MosStream:
         if self._skipped:
             new.notes.append(f"{self._skipped} scans before it were skipped")
             self._skipped = 0
-        new.points, new.used = self._read(points, new.notes)
+        with self._stage("input", new):
+            new.size, new.points, new.used = self._read(points, new.notes)
         if self._is_late(new):  # in no window: it would stand where another time is meant
             new.drop_points()
             return self._result(new)
@@ -204,44 +210,43 @@ class MosStream:
 
     # --- a scan comes in
 
-    def _read(self, points: np.ndarray | Tensor, notes: list[str]) -> tuple[Tensor, np.ndarray]:
-        """The points that can be used, copied to the device, and which of all they are; what is wrong with the rest."""
+    def _read(self, points: np.ndarray | Tensor, notes: list[str]) -> tuple[int, Tensor, np.ndarray | None]:
+        """How many points there are, those that can be used, copied to the device, and which these are, if not all.
+
+        What is wrong with the rest is noted.
+        """
         shape = tuple(np.shape(points))
-        nothing = torch.zeros(0, 4, device=self.device), np.zeros(shape[0] if shape else 0, bool)
+        size = shape[0] if shape else 0
+        nothing = size, torch.zeros(0, 4, device=self.device), np.zeros(size, bool)
         if len(shape) != 2 or shape[1] != 4:
             notes.append(f"expected points [n, 4] = x, y, z, remission, got {list(shape)}: it is left out")
             return nothing
-        if self.profile is None:
-            if isinstance(points, Tensor):
-                scan = points.detach().to(self.device, torch.float32, copy=True)
-            else:
-                with np.errstate(over="ignore"):  # what does not fit into float32 is not finite
-                    scan = torch.tensor(np.asarray(points, np.float32), device=self.device)
-            # a finite sum has finite terms: on a CPU that is told in a fraction of the time
-            whole = scan.device.type == "cpu" and bool(scan.sum().isfinite())
-            kept = torch.ones(len(scan), dtype=torch.bool) if whole else scan.isfinite().all(1)
-        else:
-            used, mask = self.profile.apply(points.numpy(force=True) if isinstance(points, Tensor) else points)
-            scan, kept = torch.zeros(shape, device=self.device), torch.tensor(mask, device=self.device)
-            scan[kept] = torch.tensor(used, device=self.device)
-        odd = ((scan[:, 3] < 0) | (scan[:, 3] > MAX_REMISSION)) & kept
-        num_kept, num_odd = torch.stack([kept.sum(), odd.sum()]).tolist()
+        kept = None
+        if self.profile is not None:
+            points, kept = self.profile.apply(points.numpy(force=True) if isinstance(points, Tensor) else points)
+        scan, num_bad, num_odd = self._way_in.take(points, MAX_REMISSION)
+        num_kept = len(scan) - num_bad
         if num_kept == 0:
-            what = f"none of its {shape[0]} points can be used" if shape[0] else "the scan is empty"
+            what = f"none of its {size} points can be used" if size else "the scan is empty"
             notes.append(f"{what}: it is left out")
             return nothing
+        if num_bad:
+            finite = scan[:, 0].isfinite()
+            scan, finite = scan[finite], finite.cpu().numpy()
+            if kept is None:
+                kept = finite
+            else:
+                kept[kept] = finite
         if num_odd > MAX_ODD_SHARE * num_kept:
-            low, high = (float(bound(scan[kept, 3])) for bound in (torch.min, torch.max))
+            low, high = (float(bound(scan[:, 3])) for bound in (torch.min, torch.max))
             advice = "remission_scale in a sensor's profile (sensor=)"
             notes.append(
                 f"the 4th column runs from {low:g} to {high:g}, expected remission, 0..1 ({advice}): it is left out"
             )
             return nothing
-        if num_kept == shape[0]:
-            return scan, np.ones(shape[0], bool)
-        if self.profile is None:
-            notes.append(f"{shape[0] - num_kept} of its {shape[0]} points are not finite and are labelled 9")
-        return scan[kept], kept.cpu().numpy()
+        if num_bad and self.profile is None:
+            notes.append(f"{num_bad} of its {size} points are not finite and are labelled 9")
+        return size, scan, None if num_kept == size else kept
 
     def _compare(self, first: _Waiting) -> None:
         """Note what of the first scan lies far outside what the model was trained on."""
@@ -313,7 +318,7 @@ class MosStream:
 
             self._odometry = Odometry()
         points = points.numpy(force=True) if isinstance(points, Tensor) else points
-        return self._odometry.push(points[new.used], new.stamp)
+        return self._odometry.push(points if new.used is None else points[new.used], new.stamp)
 
     def _of_points(self, pose: np.ndarray) -> np.ndarray:
         """The pose of the points as the network gets them."""
@@ -327,36 +332,45 @@ class MosStream:
             waiting.answer = answer
 
     def _result(self, scan: _Waiting) -> Result:
-        predicted, probability = np.full(len(scan.used), -1, np.int64), np.zeros(len(scan.used), np.float32)
+        labels, probability = self._unused.repeat(scan.size), np.zeros(scan.size, np.float32)
         if len(scan.points):
             try:
                 with self._stage("network", scan):
                     logits = scan.answer().float()
                 with self._stage("labels", scan):
-                    classes, moving = self._decide(logits, scan)
-                    predicted[scan.used], probability[scan.used] = classes.cpu().numpy(), moving.cpu().numpy()
+                    found = self._decide(logits, scan)
+                    if scan.used is None:
+                        labels, probability = found
+                    else:
+                        labels[scan.used], probability[scan.used] = found
             except InputError as error:  # a window that a teacher cannot take
                 scan.notes.append(f"with the scans before it: {error}")
         return Result(
             scan.scan_id,
             scan.stamp,
             self._count - 1 - scan.scan_id,
-            to_raw(predicted, self.model.classes, self.classes, self.model.moving),
+            labels,
             probability,
             scan.pose,
             tuple(scan.notes),
             scan.seconds if self.timed else None,
         )
 
-    def _decide(self, logits: Tensor, scan: _Waiting) -> tuple[Tensor, Tensor]:
-        """Class and moving probability of each point, int64 [m] and float32 [m]."""
+    def _decide(self, logits: Tensor, scan: _Waiting) -> tuple[np.ndarray, np.ndarray]:
+        """Label and moving probability of each point, uint32 [m] and float32 [m]."""
         moving = self.model.moving
-        classes, probability = decided(logits, moving)
+        found = self._way_out.decide(logits, moving, self._raw)
+        whole = settled(self.model, logits)
+        if whole is not logits:  # which had no room in the graph
+            logits = whole
+            found = self._way_out.decide(logits, moving, self._raw)
         if not self.smoothing:
-            return classes, probability
+            return found
+        probability = torch.as_tensor(found[1], device=self.device)
         fused = self.smoothing.update(scan.points, self._of_points(scan.pose), probability)
         logits[:, moving] = -torch.inf  # the likeliest of the others, where it does not move
-        return torch.where(fused > 0.5, moving, logits.argmax(1)), fused
+        classes = torch.where(fused > 0.5, moving, logits.argmax(1))
+        return self._raw[classes.cpu().numpy()], fused.cpu().numpy()
 
     @contextmanager
     def _stage(self, name: str, scan: _Waiting):

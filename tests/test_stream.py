@@ -377,7 +377,7 @@ def test_a_first_scan_unlike_the_training_is_noted(one_thread):
 def test_timed(one_thread):
     stream = MosStream(student(MotionSettings(lookahead=0)), timed=True)
     result = stream.push(drawn(), np.eye(4))
-    assert set(result.seconds) == {"odometry", "residual", "network", "labels"}
+    assert set(result.seconds) == {"input", "odometry", "residual", "network", "labels"}
     assert all(0 <= seconds < 60 for seconds in result.seconds.values())
     assert now().push(drawn(), np.eye(4)).seconds is None
 

@@ -16,6 +16,13 @@ inline void check_ascending(const char* what, const int64_t* index, int64_t coun
   STD_TORCH_CHECK(good, what, " must ascend within 0 and ", size);
 }
 
+// Throws unless 0 <= index[i] < size for all i, in any order.
+inline void check_within(const char* what, const int64_t* index, int64_t count, int64_t size) {
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) good &= (index[i] >= 0) & (index[i] < size);
+  STD_TORCH_CHECK(good, what, " must lie within 0 and ", size);
+}
+
 // How many come before the padding, all of which is `size`; throws unless those ascend below it.
 inline int64_t check_padded(const char* what, const int64_t* index, int64_t count, int64_t size) {
   while (count > 0 && index[count - 1] == size) --count;

@@ -333,8 +333,10 @@ Inputs<F> check_inputs(const Tensor& u, const Tensor& delta, const Tensor& a, co
   STD_TORCH_CHECK(delta.numel() == N * D && (!gate || gate->numel() == N * D) && a.numel() == D * S &&
                       b.numel() == N * S && c.numel() == N * S && skip.numel() == D && delta_bias.numel() == D,
                   "selective_scan: u, delta and gate [N, D], a [D, S], b and c [N, S], skip and delta_bias [D]");
-  STD_TORCH_CHECK(offsets.is_contiguous() && offsets.scalar_type() == ScalarType::Long && B >= 0,
-                  "selective_scan: offsets int64 [B + 1]");
+  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float || u.scalar_type() == ScalarType::Double,
+                  "selective_scan: in float32 or float64");
+  check_tensor("selective_scan", "offsets", offsets, ScalarType::Long, {-1}, u);
+  STD_TORCH_CHECK(B >= 0, "selective_scan: offsets int64 [B + 1]");
   const int64_t* rows = data<int64_t>(offsets);
   check_ascending("selective_scan: offsets", rows, B + 1, N + 1);
   STD_TORCH_CHECK(rows[0] == 0 && rows[B] == N, "selective_scan: offsets must run from 0 to the number of points");
@@ -369,10 +371,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
   const auto run = [&](auto type) {
     using F = decltype(type);
     const Inputs<F> in = check_inputs<F>(u, delta, a, b, c, skip, gate, delta_bias, offsets);
-    STD_TORCH_CHECK(gradient.is_contiguous() && gradient.scalar_type() == dtype && gradient.numel() == N * D &&
-                        states.is_contiguous() && states.scalar_type() == dtype &&
-                        states.numel() == num_chunks(N) * S * D,
-                    "selective_scan_backward: a gradient [N, D] and the states of the forward");
+    check_tensor("selective_scan_backward", "gradient", gradient, dtype, {N, D}, u);
+    check_tensor("selective_scan_backward", "states", states, dtype, {num_chunks(N), S, D}, u);
     if (N * D == 0) return;
     const Gradients<F> out{mutable_data<F>(of_u), mutable_data<F>(of_delta), mutable_data<F>(of_a),
                            mutable_data<F>(of_b), mutable_data<F>(of_c), mutable_data<F>(of_skip),

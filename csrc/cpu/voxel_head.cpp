@@ -19,8 +19,11 @@ struct Shape {
 
 Shape shape_of(const Tensor& features, const Tensor& voxels, const Tensor& weight, int64_t heights) {
   STD_TORCH_CHECK(features.dim() == 4 && weight.dim() == 2 && weight.size(1) == features.size(1) &&
-                      weight.size(0) % heights == 0 && weight.is_contiguous(),
+                      heights > 0 && weight.size(0) % heights == 0,
                   "voxel_head: features [B, D, R, A] and weight [Z * classes, D]");
+  const bool is_double = features.scalar_type() == ScalarType::Double;
+  check_tensor("voxel_head", "weight", weight, is_double ? ScalarType::Double : ScalarType::Float, {-1, -1}, features);
+  check_tensor("voxel_head", "voxels", voxels, ScalarType::Long, {-1}, features);
   const int64_t places = features.size(0) * features.size(2) * features.size(3);
   return {places, features.size(1), heights, weight.size(0) / heights, voxels.size(0)};
 }
@@ -35,6 +38,7 @@ const T* nhwc_data(const Tensor& features) {
 Tensor voxel_head(const Tensor& features, const Tensor& voxels, const Tensor& weight, const Tensor& bias,
                   int64_t heights) {
   const Shape n = shape_of(features, voxels, weight, heights);
+  check_tensor("voxel_head", "bias", bias, weight.scalar_type(), {n.Z * n.C}, features);
   Tensor logits = empty_as(features, {n.V, n.C}, weight.scalar_type());
   const int64_t* voxel = data<int64_t>(voxels);
   const int64_t V = check_padded("voxel_head: voxels", voxel, n.V, n.places * n.Z);
@@ -70,6 +74,7 @@ Tensor voxel_head(const Tensor& features, const Tensor& voxels, const Tensor& we
 std::tuple<Tensor, Tensor, Tensor> voxel_head_backward(const Tensor& gradient, const Tensor& features,
                                                        const Tensor& voxels, const Tensor& weight, int64_t heights) {
   const Shape n = shape_of(features, voxels, weight, heights);
+  check_tensor("voxel_head_backward", "gradient", gradient, weight.scalar_type(), {n.V, n.C}, features);
   Tensor to_features =
       empty_as(features, {features.size(0), features.size(2), features.size(3), n.D}, features.scalar_type());
   Tensor to_weight = zeros_as(weight, {n.Z * n.C, n.D}, weight.scalar_type());

@@ -11,7 +11,14 @@ constexpr int64_t kGrain = 8192;  // voxels
 constexpr int64_t kBlock = 256;   // voxels whose votes stay in L1
 
 Tensor voxel_label(const Tensor& labels, const Tensor& order, const Tensor& voxel_start, int64_t num_classes) {
-  const int64_t V = voxel_start.size(0) - 1;
+  STD_TORCH_CHECK(labels.dim() == 1 && num_classes >= 0, "voxel_label: labels [N], num_classes >= 0");
+  const int64_t N = labels.size(0), V = voxel_start.numel() - 1;
+  check_tensor("voxel_label", "labels", labels, ScalarType::Byte, {N}, labels);
+  check_tensor("voxel_label", "order", order, ScalarType::Long, {N}, labels);
+  check_tensor("voxel_label", "voxel_start", voxel_start, ScalarType::Long, {V + 1}, labels);
+  STD_TORCH_CHECK(V >= 0, "voxel_label: voxel_start [V + 1]");
+  check_ascending("voxel_label: voxel_start", data<int64_t>(voxel_start), V + 1, N + 1);
+  check_within("voxel_label: order", data<int64_t>(order), N, N);
   Tensor winner = empty_as(labels, {V}, ScalarType::Byte);
   const uint8_t* label = data<uint8_t>(labels);
   const int64_t *sorted = data<int64_t>(order), *start = data<int64_t>(voxel_start);

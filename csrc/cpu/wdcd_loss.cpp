@@ -253,12 +253,22 @@ double run_blocks(const F* student, const F* teacher, const L* labels, const int
 std::tuple<Tensor, Tensor> wdcd_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels,
                                      const Tensor& tables, const std::optional<Tensor>& offsets, double temperature,
                                      int64_t normaliser, double floor, bool with_gradient) {
+  STD_TORCH_CHECK(student.dim() == 2, "wdcd_loss: student [N, C]");
   const int64_t N = student.size(0), C = student.size(1);
+  const ScalarType dtype = student.scalar_type();
   STD_TORCH_CHECK(C >= 2 && C <= kMostClasses, "wdcd_loss: 2 to ", kMostClasses, " classes, got ", C);
-  STD_TORCH_CHECK(student.is_contiguous() && teacher.is_contiguous() && labels.is_contiguous(), "wdcd_loss: contiguous");
+  const bool wide = dtype == ScalarType::Double, bytes = labels.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(wide || dtype == ScalarType::Float, "wdcd_loss: logits in float32 or float64");
+  check_tensor("wdcd_loss", "student", student, dtype, {N, C}, student);
+  check_tensor("wdcd_loss", "teacher", teacher, dtype, {N, C}, student);
+  check_tensor("wdcd_loss", "labels", labels, bytes ? ScalarType::Byte : ScalarType::Long, {N}, student);
+  check_tensor("wdcd_loss", "tables", tables, dtype, {3, C}, student);
+  if (offsets) check_tensor("wdcd_loss", "offsets", *offsets, ScalarType::Long, {-1}, student);
+  STD_TORCH_CHECK(!offsets || offsets->numel() >= 1, "wdcd_loss: offsets int64 [B + 1]");
   const std::vector<int64_t> whole{0, N};
   const int64_t* rows = offsets ? data<int64_t>(*offsets) : whole.data();
-  const int64_t B = offsets ? offsets->size(0) - 1 : 1;
+  const int64_t B = offsets ? offsets->numel() - 1 : 1;
+  check_ascending("wdcd_loss: offsets", rows, B + 1, N + 1);
   STD_TORCH_CHECK(rows[0] == 0 && rows[B] == N, "wdcd_loss: offsets must run from 0 to the number of points");
   Tensor loss = empty_as(student, {}, student.scalar_type());
   Tensor gradient = empty_as(student, {with_gradient ? N : 0, C}, student.scalar_type());
@@ -277,7 +287,6 @@ std::tuple<Tensor, Tensor> wdcd_loss(const Tensor& student, const Tensor& teache
     C == 4 ? with(std::integral_constant<int, 4>{}) : C == 3 ? with(std::integral_constant<int, 3>{})
                                                              : with(std::integral_constant<int, 0>{});
   };
-  const bool wide = student.scalar_type() == ScalarType::Double, bytes = labels.scalar_type() == ScalarType::Byte;
   wide ? (bytes ? run(double{}, uint8_t{}) : run(double{}, int64_t{}))
        : (bytes ? run(float{}, uint8_t{}) : run(float{}, int64_t{}));
   return {loss, gradient};

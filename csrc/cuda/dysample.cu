@@ -172,12 +172,11 @@ Shape shape_of(const Tensor& x, const Tensor& offset, int64_t scale, int64_t gro
                       groups * scale * scale <= kMostPlaces,
                   "dysample: more than ", kMostPlaces, " places a pixel");
   const int64_t B = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), P = groups * scale * scale;
-  STD_TORCH_CHECK(x.is_contiguous() && offset.is_contiguous() && offset.size(0) == B && offset.size(1) == H &&
-                      offset.size(2) == W && offset.size(3) == 2 * P && C % groups == 0,
-                  "dysample: x [B, H, W, C] and offset [B, H, W, 2 G s s], contiguous");
   const bool wide = x.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(offset.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) && offset.is_cuda(),
-                  "dysample: offset in float32, or float64 like x");
+  check_tensor("dysample", "x (channels last)", x, x.scalar_type(), {-1, -1, -1, -1}, x);
+  check_tensor("dysample", "offset (channels last)", offset, wide ? ScalarType::Double : ScalarType::Float,
+               {B, H, W, 2 * P}, x);
+  STD_TORCH_CHECK(C % groups == 0, "dysample: the channels do not divide into groups");
   STD_TORCH_CHECK(scale * H <= kMost && B <= kMost / std::max<int64_t>(1, scale * H) && scale * W <= kMost &&
                       H <= kMost / std::max<int64_t>(1, W) && C <= kMost,
                   "dysample: image too large");
@@ -225,9 +224,8 @@ std::tuple<Tensor, Tensor> dysample_backward(const Tensor& gradient_nchw, const 
                                              const Tensor& offset_nchw, int64_t scale, int64_t groups, bool circular) {
   const Tensor gradient = nhwc(gradient_nchw), x = nhwc(x_nchw), offset = nhwc(offset_nchw);
   const Shape n = shape_of(x, offset, scale, groups, circular);
-  STD_TORCH_CHECK(gradient.is_contiguous() && gradient.scalar_type() == x.scalar_type() && gradient.is_cuda() &&
-                      gradient.numel() == x.numel() * n.s * n.s,
-                  "dysample_backward: gradient channels last, of the type of x");
+  check_tensor("dysample_backward", "gradient (channels last)", gradient, x.scalar_type(),
+               {n.B, int64_t(n.s) * n.H, int64_t(n.s) * n.W, n.C}, x);
   const OnDevice device(x);
   const ScalarType dtype = x.scalar_type();
   const bool is_half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;

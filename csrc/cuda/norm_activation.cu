@@ -36,22 +36,22 @@ dim3 block_for(int64_t columns) {
 template <class F, int V>
 __device__ void sum_of_block(F (&first)[V], F (&second)[V], bool inside, int64_t channel, int64_t C,
                              F* __restrict__ to) {
-  __shared__ F memory[kThreads][2 * V];
+  __shared__ F memory[2 * V][kThreads];  // neighbours in a row: no bank conflicts
   const int across = int(blockDim.x), y = int(threadIdx.y), place = y * across + int(threadIdx.x);
 #pragma unroll
-  for (int v = 0; v < V; ++v) memory[place][v] = first[v], memory[place][V + v] = second[v];
+  for (int v = 0; v < V; ++v) memory[v][place] = first[v], memory[V + v][place] = second[v];
   for (int rows = int(blockDim.y); rows > 1;) {
     const int half = (rows + 1) / 2;
     __syncthreads();
     if (y + half < rows) {
 #pragma unroll
-      for (int v = 0; v < 2 * V; ++v) memory[place][v] += memory[place + half * across][v];
+      for (int v = 0; v < 2 * V; ++v) memory[v][place] += memory[v][place + half * across];
     }
     rows = half;
   }
   if (y == 0 && inside) {  // its own thread added the last
 #pragma unroll
-    for (int v = 0; v < V; ++v) to[channel + v] = memory[place][v], to[C + channel + v] = memory[place][V + v];
+    for (int v = 0; v < V; ++v) to[channel + v] = memory[v][place], to[C + channel + v] = memory[V + v][place];
   }
   __syncthreads();  // before the next channels take the memory
 }

@@ -545,14 +545,17 @@ Inputs<F> check_inputs(const Tensor& u, const Tensor& delta, const Tensor& a, co
                        const Tensor& offsets) {
   const int64_t N = u.size(0), D = u.size(1), S = a.size(1), B = offsets.numel() - 1;
   for (const Tensor* t : {&u, &delta, &a, &b, &c, &skip, &delta_bias, gate ? &*gate : &u}) {
-    STD_TORCH_CHECK(t->is_cuda() && t->is_contiguous() && t->scalar_type() == u.scalar_type(),
-                    "selective_scan: all on the GPU, contiguous and of one type");
+    STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == u.get_device_index() && t->is_contiguous() &&
+                        t->scalar_type() == u.scalar_type(),
+                    "selective_scan: all on one GPU, contiguous and of one type");
   }
   STD_TORCH_CHECK(delta.numel() == N * D && (!gate || gate->numel() == N * D) && a.numel() == D * S &&
                       b.numel() == N * S && c.numel() == N * S && skip.numel() == D && delta_bias.numel() == D,
                   "selective_scan: u, delta and gate [N, D], a [D, S], b and c [N, S], skip and delta_bias [D]");
-  STD_TORCH_CHECK(offsets.is_cuda() && offsets.is_contiguous() && offsets.scalar_type() == ScalarType::Long && B >= 0,
-                  "selective_scan: offsets int64 [B + 1]");
+  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float || u.scalar_type() == ScalarType::Double,
+                  "selective_scan: in float32 or float64");
+  check_tensor("selective_scan", "offsets", offsets, ScalarType::Long, {-1}, u);
+  STD_TORCH_CHECK(B >= 0, "selective_scan: offsets int64 [B + 1]");
   STD_TORCH_CHECK(S <= kMostStates && D <= 1 << 18, "selective_scan: at most ", kMostStates, " states and ", 1 << 18,
                   " channels");
   STD_TORCH_CHECK(num_chunks(N) <= 0x7fffffff, "selective_scan: too many points");
@@ -591,7 +594,7 @@ std::tuple<Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, 
                                           const Tensor& delta_bias, const Tensor& offsets, bool with_states) {
   const int64_t N = u.size(0), D = u.size(1), S = a.size(1), chunks = num_chunks(N);
   const ScalarType dtype = u.scalar_type();
-  STD_TORCH_CHECK(u.is_cuda(), "selective_scan: all on the GPU");
+  STD_TORCH_CHECK(u.is_cuda() && u.dim() == 2 && a.dim() == 2, "selective_scan: all on the GPU, u [N, D], a [D, S]");
   const OnDevice device(u);
   Tensor y = empty_as(u, {N, D}, dtype), states = empty_as(u, {chunks, S, D}, dtype);
   const auto run = [&](auto type) {
@@ -622,7 +625,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
     const Tensor& states) {
   const int64_t N = u.size(0), D = u.size(1), S = a.size(1), chunks = num_chunks(N);
   const ScalarType dtype = u.scalar_type();
-  STD_TORCH_CHECK(u.is_cuda(), "selective_scan_backward: all on the GPU");
+  STD_TORCH_CHECK(u.is_cuda() && u.dim() == 2 && a.dim() == 2, "selective_scan: all on the GPU, u [N, D], a [D, S]");
   const OnDevice device(u);
   Tensor of_u = empty_as(u, {N, D}, dtype), of_delta = empty_as(u, {N, D}, dtype), of_a = zeros_as(u, {D, S}, dtype),
          of_b = zeros_as(u, {N, S}, dtype), of_c = zeros_as(u, {N, S}, dtype), of_skip = zeros_as(u, {D}, dtype),
@@ -630,10 +633,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
   const auto run = [&](auto type) {
     using F = decltype(type);
     const Inputs<F> in = check_inputs<F>(u, delta, a, b, c, skip, gate, delta_bias, offsets);
-    STD_TORCH_CHECK(gradient.is_cuda() && gradient.is_contiguous() && gradient.scalar_type() == dtype &&
-                        gradient.numel() == N * D && states.is_cuda() && states.is_contiguous() &&
-                        states.scalar_type() == dtype && states.numel() == chunks * S * D,
-                    "selective_scan_backward: a gradient [N, D] and the states of the forward");
+    check_tensor("selective_scan_backward", "gradient", gradient, dtype, {N, D}, u);
+    check_tensor("selective_scan_backward", "states", states, dtype, {chunks, S, D}, u);
     if (N * D == 0) return;
     Tensor steps = empty_as(u, {chunks, D}, dtype), carries = empty_as(u, {chunks, S, D}, dtype);
     Tensor points = empty_as(u, {chunks, S + 2, D}, dtype);

@@ -3,6 +3,8 @@
 // Least work: D features a cell and C logits a voxel moved, C * D multiply-adds a voxel; backward the dense gradient of
 // the features written once and twice the multiply-adds. With D = 32 and C = 3 a voxel takes 192 operations for 20
 // bytes and its share of a cell's 128: bytes decide. The weights (12 kB there) stay in L1.
+//
+// What `voxels` holds is not read on the host: those outside of the grid are skipped.
 #include <algorithm>
 
 #include "vectors.cuh"
@@ -13,7 +15,7 @@ namespace {
 constexpr int kThreads = 256;     // teams of lanes that share nothing but the weights: any full size would do
 constexpr int kBlocks = 3;        // of a multiprocessor, at least: enough warps, and no registers spilled
 constexpr int kClasses = 4;       // logits of a voxel that are summed while its features pass once
-constexpr int kSumThreads = 128;  // about one for each of the C * (D + 1) sums of a height
+constexpr int kSumThreads = 256;  // at most: one for each of the C * (D + 1) sums of a height, 132 of the student
 constexpr int kTile = 128;        // voxels whose places are worked out once for all those threads
 constexpr int kBatch = 8;         // of them, whose loads are under way at the same time
 constexpr int kRows = 8;          // runs of parts that are summed side by side
@@ -28,11 +30,11 @@ struct Shape {
 
 Shape shape_of(const Tensor& features, const Tensor& voxels, const Tensor& weight, int64_t heights) {
   STD_TORCH_CHECK(features.dim() == 4 && weight.dim() == 2 && weight.size(1) == features.size(1) &&
-                      weight.size(0) % heights == 0 && weight.is_contiguous(),
+                      heights > 0 && weight.size(0) % heights == 0,
                   "voxel_head: features [B, D, R, A] and weight [Z * classes, D]");
   const bool is_double = features.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(weight.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-                  "voxel_head: weight must be float32, or float64 for float64 features");
+  check_tensor("voxel_head", "weight", weight, is_double ? ScalarType::Double : ScalarType::Float, {-1, -1}, features);
+  check_tensor("voxel_head", "voxels", voxels, ScalarType::Long, {-1}, features);
   const int64_t places = features.size(0) * features.size(2) * features.size(3);
   return {places, features.size(1), heights, weight.size(0) / heights, voxels.size(0)};
 }
@@ -88,7 +90,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 Tensor voxel_head(const Tensor& features, const Tensor& voxels, const Tensor& weight, const Tensor& bias,
                   int64_t heights) {
+  STD_TORCH_CHECK(features.is_cuda(), "voxel_head: features on the GPU");
   const Shape n = shape_of(features, voxels, weight, heights);
+  check_tensor("voxel_head", "bias", bias, weight.scalar_type(), {n.Z * n.C}, features);
   const OnDevice device(features);
   Tensor logits = empty_as(features, {n.V, n.C}, weight.scalar_type());
   if (n.V == 0 || n.C == 0) return logits;
@@ -117,11 +121,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int teams = kThreads / width, team = int(threadIdx.x) / width, lane = int(threadIdx.x) % width;
   const int64_t stride = int64_t(gridDim.x) * teams;
   for (int64_t first = int64_t(blockIdx.x) * teams + team; first < n.V; first += stride) {
+    if (uint64_t(voxel[first]) >= uint64_t(n.places * n.Z)) continue;
     const int64_t place = voxel[first] / n.Z, floor = place * n.Z;  // the voxel of its lowest height
-    if ((first > 0 && voxel[first - 1] >= floor) || uint64_t(place) >= uint64_t(n.places)) continue;
+    if (first > 0 && uint64_t(voxel[first - 1] - floor) < uint64_t(n.Z)) continue;
     for (int64_t d = lane * kVector; d < n.D; d += width * kVector) {
       F sum[kVector] = {};
-      for (int64_t v = first; v < n.V && voxel[v] - floor < n.Z; ++v) {
+      for (int64_t v = first; v < n.V && uint64_t(voxel[v] - floor) < uint64_t(n.Z); ++v) {
         const int64_t k = (voxel[v] - floor) * n.C;
         for (int64_t c = 0; c < n.C; ++c) {
           const Vec<F, kVector> line = load<kVector>(w + (k + c) * n.D + d);
@@ -141,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // Parts of the gradient of weight and bias, [parts, Z * C, D + 1] with the bias as column D, whose feature is 1.
 //
 // A block sums its share of the voxels in their order. A thread keeps the same class and column for all heights, so
-// that no two threads add to the same sum.
+// that no two threads add to the same sum; how many threads there are does not change it.
 template <class T, bool kShared>
 __global__ void __launch_bounds__(kSumThreads)
     weight_parts_kernel(const wide_t<T>* __restrict__ up, const T* __restrict__ feature,
@@ -152,19 +157,21 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t columns = n.D + 1, size = n.Z * n.C * columns;
   F* part = parts + int64_t(blockIdx.x) * size;
   F* sum = kShared ? reinterpret_cast<F*>(memory) : part;  // more than shared memory holds: where it is wanted
-  for (int64_t i = threadIdx.x; i < size; i += kSumThreads) sum[i] = F(0);
+  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) sum[i] = F(0);
   const int64_t begin = n.V * int64_t(blockIdx.x) / gridDim.x;
   int64_t end = n.V * (int64_t(blockIdx.x) + 1) / gridDim.x;
   while (end > begin && voxel[end - 1] >= n.places * n.Z) --end;  // padding, which has no features
   for (int64_t first = begin; first < end; first += kTile) {
     const int tile = int(min(int64_t(kTile), end - first));
     __syncthreads();  // the tile before is used up, the sums are zero
-    for (int t = threadIdx.x; t < tile; t += kSumThreads) {
-      row[t] = voxel[first + t] / n.Z * n.D;
-      line[t] = voxel[first + t] % n.Z * n.C * columns;
+    for (int t = threadIdx.x; t < tile; t += blockDim.x) {
+      const int64_t at = voxel[first + t];
+      const bool inside = uint64_t(at) < uint64_t(n.places * n.Z);
+      row[t] = inside ? at / n.Z * n.D : 0;
+      line[t] = inside ? at % n.Z * n.C * columns : -1;
     }
     __syncthreads();
-    for (int64_t q = threadIdx.x; q < n.C * columns; q += kSumThreads) {
+    for (int64_t q = threadIdx.x; q < n.C * columns; q += blockDim.x) {
       const int64_t c = q / columns, d = q % columns;
       for (int t = 0; t < tile; t += kBatch) {
         F g[kBatch], x[kBatch];
@@ -176,15 +183,21 @@ __global__ void __launch_bounds__(kSumThreads)
         }
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-          if (t + b < tile) sum[line[t + b] + q] += g[b] * x[b];
+          if (t + b < tile && line[t + b] >= 0) sum[line[t + b] + q] += g[b] * x[b];
         }
       }
     }
   }
   if constexpr (kShared) {
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < size; i += kSumThreads) part[i] = sum[i];
+    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) part[i] = sum[i];
   }
+}
+
+// Whole warps for `sums` sums, each as often at work as the others where they are more than a block has threads.
+unsigned int sum_threads(int64_t sums) {
+  const int64_t rounds = (sums + kSumThreads - 1) / kSumThreads;
+  return unsigned(((sums + rounds - 1) / rounds + 31) / 32 * 32);
 }
 
 // The parts in order, in kRows runs, then the runs; a warp for 32 sums, so that its loads are neighbours.
@@ -216,9 +229,9 @@ __global__ void __launch_bounds__(32 * kRows)
 
 std::tuple<Tensor, Tensor, Tensor> voxel_head_backward(const Tensor& gradient, const Tensor& features,
                                                        const Tensor& voxels, const Tensor& weight, int64_t heights) {
+  STD_TORCH_CHECK(features.is_cuda(), "voxel_head: features on the GPU");
   const Shape n = shape_of(features, voxels, weight, heights);
-  STD_TORCH_CHECK(gradient.numel() == n.V * n.C && gradient.scalar_type() == weight.scalar_type(),
-                  "voxel_head_backward: gradient [V, classes] in the weight's type");
+  check_tensor("voxel_head_backward", "gradient", gradient, weight.scalar_type(), {n.V, n.C}, features);
   const OnDevice device(features);
   const cudaStream_t stream = device.stream();
   Tensor to_features =
@@ -249,11 +262,12 @@ std::tuple<Tensor, Tensor, Tensor> voxel_head_backward(const Tensor& gradient, c
     const int64_t wanted = std::min({kParts, n.V / kPartVoxels, kPartBytes / part_bytes});
     const int64_t num_parts = std::max<int64_t>(1, wanted);
     Tensor parts = empty_as(weight, {num_parts, size}, weight.scalar_type());
+    const unsigned int threads = sum_threads(n.C * (n.D + 1));
     if (part_bytes <= kSharedBytes) {
-      weight_parts_kernel<T, true><<<unsigned(num_parts), kSumThreads, size_t(part_bytes), stream>>>(
+      weight_parts_kernel<T, true><<<unsigned(num_parts), threads, size_t(part_bytes), stream>>>(
           up, feature, voxel, n, mutable_data<F>(parts));
     } else {
-      weight_parts_kernel<T, false><<<unsigned(num_parts), kSumThreads, 0, stream>>>(
+      weight_parts_kernel<T, false><<<unsigned(num_parts), threads, 0, stream>>>(
           up, feature, voxel, n, mutable_data<F>(parts));
     }
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -299,23 +299,19 @@ bool starts_at_16(const void* pointer) { return reinterpret_cast<uintptr_t>(poin
 std::tuple<Tensor, Tensor> wdcd_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels,
                                      const Tensor& tables, const std::optional<Tensor>& offsets, double temperature,
                                      int64_t normaliser, double floor, bool with_gradient) {
+  STD_TORCH_CHECK(student.is_cuda() && student.dim() == 2, "wdcd_loss: student [N, C] on the GPU");
   const int64_t N = student.size(0), C = student.size(1);
   const ScalarType dtype = student.scalar_type();
   STD_TORCH_CHECK(C >= 2 && C <= kMostClasses, "wdcd_loss: 2 to ", kMostClasses, " classes, got ", C);
-  STD_TORCH_CHECK(student.is_contiguous() && teacher.is_contiguous() && labels.is_contiguous() &&
-                      tables.is_contiguous() && teacher.numel() == N * C && labels.numel() == N &&
-                      tables.numel() == 3 * C,
-                  "wdcd_loss: student and teacher [N, C], labels [N], tables [3, C], contiguous");
   const bool wide = dtype == ScalarType::Double, bytes = labels.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK((wide || dtype == ScalarType::Float) && teacher.scalar_type() == dtype &&
-                      tables.scalar_type() == dtype && (bytes || labels.scalar_type() == ScalarType::Long),
-                  "wdcd_loss: logits and tables in float32 or float64, labels in uint8 or int64");
-  STD_TORCH_CHECK(!offsets || (offsets->is_contiguous() && offsets->scalar_type() == ScalarType::Long &&
-                               offsets->numel() >= 1 && (offsets->numel() >= 2 || N == 0)),
+  STD_TORCH_CHECK(wide || dtype == ScalarType::Float, "wdcd_loss: logits in float32 or float64");
+  check_tensor("wdcd_loss", "student", student, dtype, {N, C}, student);
+  check_tensor("wdcd_loss", "teacher", teacher, dtype, {N, C}, student);
+  check_tensor("wdcd_loss", "labels", labels, bytes ? ScalarType::Byte : ScalarType::Long, {N}, student);
+  check_tensor("wdcd_loss", "tables", tables, dtype, {3, C}, student);
+  if (offsets) check_tensor("wdcd_loss", "offsets", *offsets, ScalarType::Long, {-1}, student);
+  STD_TORCH_CHECK(!offsets || offsets->numel() >= 2 || (offsets->numel() == 1 && N == 0),
                   "wdcd_loss: offsets int64 [B + 1]");
-  STD_TORCH_CHECK(student.is_cuda() && teacher.is_cuda() && labels.is_cuda() && tables.is_cuda() &&
-                      (!offsets || offsets->is_cuda()),
-                  "wdcd_loss: all on the GPU");
   const OnDevice device(student);
   Tensor gradient = empty_as(student, {with_gradient ? N : 0, C}, dtype);
   if (N == 0) return {zeros_as(student, {}, dtype), gradient};

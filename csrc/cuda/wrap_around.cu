@@ -94,12 +94,10 @@ Tensor wrap_around(const std::vector<Tensor>& images, int64_t halo) {
   for (const Tensor& image : images) {
     parts.push_back(nhwc(image));
     const Tensor &part = parts.back(), &first = parts[0];
-    STD_TORCH_CHECK(part.is_contiguous() && image.scalar_type() == images[0].scalar_type(),
-                    "wrap_around: channels-last images of one dtype");
-    STD_TORCH_CHECK(part.is_cuda() && part.get_device_index() == first.get_device_index() &&
-                        part.size(0) == first.size(0) && part.size(1) <= first.size(1) &&
-                        part.size(2) <= first.size(2),
-                    "wrap_around: images of one batch, none larger than the first");
+    check_tensor("wrap_around", "an image (channels last)", part, images[0].scalar_type(), {first.size(0), -1, -1, -1},
+                 first);
+    STD_TORCH_CHECK(part.size(1) <= first.size(1) && part.size(2) <= first.size(2),
+                    "wrap_around: an image is larger than the first");
     C += image.size(1);
   }
   const int64_t B = parts[0].size(0), R = parts[0].size(1), A = parts[0].size(2), wide = A + 2 * halo;
@@ -139,7 +137,9 @@ Tensor wrap_around(const std::vector<Tensor>& images, int64_t halo) {
 // shapes: C_i, R_i, A_i of each part.
 std::vector<Tensor> wrap_around_backward(const Tensor& image, const std::vector<int64_t>& shapes, int64_t halo) {
   const Tensor gradient = nhwc(image);
-  STD_TORCH_CHECK(gradient.is_contiguous(), "wrap_around_backward: channels-last gradient");
+  check_tensor("wrap_around_backward", "the gradient (channels last)", gradient, image.scalar_type(), {-1, -1, -1, -1},
+               gradient);
+  STD_TORCH_CHECK(shapes.size() % 3 == 0, "wrap_around_backward: shapes are channels, rings and sectors of each part");
   const int64_t B = gradient.size(0), R = gradient.size(1), wide = gradient.size(2), C = gradient.size(3);
   const int64_t A = wide - 2 * halo;
   STD_TORCH_CHECK(halo >= 0 && halo <= A, "wrap_around_backward: the halo is wider than the image");

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from kdmos.data.semantic_kitti import is_odd, likely_scale
 from kdmos.errors import InputError
@@ -116,6 +115,8 @@ class SensorProfile:
 
 def profile_of(manifest: dict | None) -> SensorProfile:
     """The profile that predictions were made with, by what `kdmos predict` noted beside them (None: nothing)."""
+    from pydantic import TypeAdapter, ValidationError  # of what is read from files alone: a stream runs without it
+
     try:
         return TypeAdapter(SensorProfile).validate_python((manifest or {}).get("sensor", {}))
     except ValidationError as error:
@@ -127,6 +128,8 @@ def load_profile(path: str | Path) -> SensorProfile:
 
     Raises: InputError naming the file and the key.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     known = ", ".join(SensorProfile.__dataclass_fields__)
     try:
         content = yaml.safe_load(Path(path).read_text())

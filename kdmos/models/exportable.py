@@ -71,6 +71,7 @@ class ExportableStudent(FastStudent):
         super().__init__(student)
         for module in self.modules():
             module.wrap_around, module.dysample, module.co_attention = wrap_around, dysample, co_attention
+            module.cells_to_image = reference.cells_to_image
 
     def forward(self, features: Tensor, residual: Tensor, cell_rank: Tensor, cells: Tensor, height: Tensor) -> Tensor:
         """Logits of each point.
@@ -91,15 +92,15 @@ class ExportableStudent(FastStudent):
             lowest = rows.new_full((cells.shape[0], rows.shape[1]), -torch.inf)
             return lowest.scatter_reduce(0, index, rows, "amax")
 
-        bins = self.settings.grid.bins
+        grid = self.settings.grid
         appearance = self.compressed(cell_maximum(point_mlp(features, self.mlp, self.last)))
-        appearance = self.appearance.image(appearance, cells, 1, bins)
-        motion = self.motion.image(cell_maximum(residual), cells, 1, bins)
+        appearance = self.appearance.image(appearance, cells, 1, grid)
+        motion = self.motion.image(cell_maximum(residual), cells, 1, grid)
         x = self.unet(appearance, motion)
         # the head at the cells that have points: all their heights, of which each point reads its own
         columns = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cells)  # [M, 32]
         logits = F.linear(columns, self.head_weight.flatten(1), self.head_bias)
-        return logits.view(-1, len(self.classes)).index_select(0, cell_rank * bins[2] + height)
+        return logits.view(-1, len(self.classes)).index_select(0, cell_rank * grid.bins[2] + height)
 
 
 class OneScan(nn.Module):

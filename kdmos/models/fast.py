@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from kdmos import ops
 from kdmos.models.blocks import CoAttention, ConvBlock, DySample
 from kdmos.models.student import DecoderLevel, Encoder, Student, StudentOutput
-from kdmos.precision import TF32, usable_precision
+from kdmos.ops import native
+from kdmos.ops.mlp_max import linear_relu
+from kdmos.precision import TF32, products, usable_precision
+from kdmos.settings import PolarGrid
 
 REACH = 2  # cells: what a level's two 3x3 convolutions see beyond their input
 WINOGRAD_INPUTS = 64  # channels from which a convolution is transformed: with fewer, more background is left out
@@ -48,6 +51,10 @@ class FoldedConv(nn.Module):
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self.weight, self.bias, *sizes, "leaky_relu", [self.slope], ""
             )
+        if x.device.type != "cpu" and native.serves(x):  # cuDNN's bias is a pass of its own, the activation another
+            x = native.channels_last(F.conv2d(x, self.weight, None, padding=(1, 0)))
+            ops.bias_activation(x, self.bias, self.slope)
+            return x
         return F.leaky_relu_(F.conv2d(x, self.weight, self.bias, padding=(1, 0)), self.slope)
 
     def whole(self, parts: Sequence[Tensor], distance: Tensor | None, near: int) -> Tensor:
@@ -112,7 +119,7 @@ class FoldedAttention(nn.Module):
         super().__init__()
         self.fuse = FoldedBlock(attention.fuse, dtype)
         self.layers = [
-            (layer.weight.detach(), layer.bias.detach())
+            (layer.weight.detach().contiguous(), layer.bias.detach())  # as the op takes them
             for layer in (attention.gate, attention.spatial, attention.channel)
         ]
 
@@ -127,6 +134,8 @@ class FoldedAttention(nn.Module):
 class FoldedEncoder(nn.Module):
     """An encoder branch; its first norm becomes the values of the cells and of the background."""
 
+    cells_to_image = staticmethod(ops.cells_to_image)
+
     def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(FoldedBlock(block, dtype) for block in encoder.blocks)
@@ -135,14 +144,9 @@ class FoldedEncoder(nn.Module):
         self.background = (norm.bias - norm.running_mean * self.factor).detach()
         self.dtype = dtype
 
-    def image(self, values: Tensor, cells: Tensor, num_scans: int, bins: tuple[int, int, int]) -> Tensor:
+    def image(self, values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid) -> Tensor:
         """Normalised dense image [B, C, R, A] of values [M, C]. Not folded into the convolution: its padding is 0."""
-        rings, sectors, _ = bins
-        places = num_scans * rings * sectors
-        values = torch.addcmul(self.background, values.float(), self.factor).to(self.dtype)
-        background = self.background.expand(places + 1, -1)  # the last row is where cells that are padding go
-        dense = values.new_empty(background.shape).copy_(background).index_copy_(0, cells, values)[:places]
-        return dense.view(num_scans, rings, sectors, -1).permute(0, 3, 1, 2)
+        return self.cells_to_image(values, cells, self.factor, self.background, num_scans, grid, self.dtype)
 
     def distances(self, occupied: Tensor, cells: Tensor, num_scans: int, bins: tuple[int, int, int]) -> list[Tensor]:
         """Of each level: how far what is not background lies, if those `cells` are it that are `occupied`, bool [M]."""
@@ -236,7 +240,7 @@ class FastStudent(nn.Module):
 
     def compressed(self, maximum: Tensor) -> Tensor:
         """[M, 256] -> [M, 32], what a cell has in the dense view."""
-        return F.linear(maximum, self.compress, self.compress_bias).relu_()
+        return linear_relu(maximum, self.compress, self.compress_bias)
 
     def unet(
         self,
@@ -262,22 +266,40 @@ class FastStudent(nn.Module):
         return last(x, skips.pop(), distances[0])  # the head reads nothing but cells with points
 
     @torch.inference_mode()
-    def forward(self, points: Tensor, offsets: Tensor, residual: Tensor, fixed_size: bool = False) -> StudentOutput:
-        """As `Student.forward`; the logits are float32 whatever the precision. `fixed_size`: see `ops.polar_grid`."""
+    def forward(
+        self,
+        points: Tensor,
+        offsets: Tensor,
+        residual: Tensor,
+        fixed_size: bool = False,
+        max_cells: int | None = None,
+    ) -> StudentOutput:
+        """As `Student.forward`; the logits are float32 whatever the precision.
+
+        `fixed_size`, `max_cells`: See `ops.polar_grid`.
+        """
+        if not points.is_cuda:
+            return self._forward(points, offsets, residual, fixed_size, max_cells)
+        with products(self.tf32):
+            return self._forward(points, offsets.to(points.device), residual, fixed_size, max_cells)
+
+    def _forward(
+        self, points: Tensor, offsets: Tensor, residual: Tensor, fixed_size: bool, max_cells: int | None
+    ) -> StudentOutput:
         num_scans, grid = offsets.numel() - 1, self.settings.grid
-        gridded = ops.polar_grid(points, offsets, grid, fixed_size)
+        gridded = ops.polar_grid(points, offsets, grid, fixed_size, max_cells)
         order = gridded.by_cell
         cells, bins = gridded.cells, grid.bins
         values = self.compressed(ops.mlp_max(gridded.features, self.mlp, self.last, order))
-        appearance = self.appearance.image(values, cells, num_scans, bins)
-        motion, _ = ops.polar_scatter(residual, gridded.cell_rank, len(cells), order)
+        appearance = self.appearance.image(values, cells, num_scans, grid)
+        motion = ops.cell_max(residual, order)
         # Cells without points are background, for motion those without residuals too. Most layers keep away from it.
         distances, motion_distances = [None] * len(self.appearance.blocks), [None] * len(self.motion.blocks)
         if ops.can_mask([appearance]):
             occupied = torch.ones_like(cells, dtype=torch.bool)
             distances = self.appearance.distances(occupied, cells, num_scans, bins)
             motion_distances = self.motion.distances((motion != 0).any(1), cells, num_scans, bins)
-        motion = self.motion.image(motion, cells, num_scans, bins)
+        motion = self.motion.image(motion, cells, num_scans, grid)
         x = self.unet(appearance, motion, distances, motion_distances)
         return StudentOutput(ops.voxel_head(x, gridded.voxels, self.head_weight, self.head_bias, grid), gridded)
 
@@ -291,35 +313,43 @@ class PointLogits(NamedTuple):
 class GraphedStudent(FastStudent):
     """A `FastStudent` that answers for one scan from a CUDA graph: one launch instead of some hundred.
 
-    The work is always that for `capacity` points, whatever the scan has; the graph is captured at the first scan. A
-    batch of several scans, or a scan of more points, goes the way of `FastStudent`. Scans follow each other on one
-    stream. On a CPU the same work is done without a graph.
+    The work is always that for `capacity` points and `max_cells` cells, whatever the scan has; the graph is captured at
+    the first scan. A batch of several scans, or a scan of more points, goes the way of `FastStudent`. A scan of more
+    cells is found out only when the device is done: its logits are all NaN, and `settled` makes them anew. Scans follow
+    each other on one stream. On a CPU the same work is done without a graph.
 
     Args:
         student: Any student; its weights are copied. On a GPU its ops must be native.
         precision: As for `FastStudent`.
         capacity: Points of the largest scan to expect; the 64 beams of SemanticKITTI give up to 130,000.
+        max_cells: BEV cells with points, likewise; there they are some 25,000.
     Raises: ValueError for another precision.
     """
 
     WARM_UP = 3  # runs before the capture: libraries choose their kernels and allocate what they keep
 
-    def __init__(self, student: Student, precision: str = "float32", capacity: int = 1 << 17) -> None:
+    def __init__(
+        self, student: Student, precision: str = "float32", capacity: int = 1 << 17, max_cells: int = 3 << 14
+    ) -> None:
         super().__init__(student, precision)
         like, channels = self.head_weight, self.settings.motion.num_channels
-        self.capacity = capacity
+        self.capacity, self.max_cells = capacity, max_cells
         self.points, self.residual = (like.new_zeros(capacity, size, dtype=torch.float32) for size in (4, channels))
         self.offsets = like.new_zeros(2, dtype=torch.int64)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None  # what the graph writes
+        # whether the cells of the last scan had room; what the graph writes to, and the scan, to begin anew
+        self.has_room = torch.ones(1, dtype=torch.bool, pin_memory=like.is_cuda)
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.inference_mode()
     def forward(self, points: Tensor, offsets: Tensor, residual: Tensor) -> StudentOutput | PointLogits:
-        """As `FastStudent.forward`.
+        """As `FastStudent.forward`; for one scan the values of its offsets are not looked at.
 
         Raises: ValueError if the shapes do not fit.
         """
         num_points = len(points)
+        self._last = None
         if offsets.numel() != 2 or num_points > self.capacity:
             return super().forward(points, offsets, residual)
         for name, given, held in (("points", points, self.points), ("residual", residual, self.residual)):
@@ -327,16 +357,31 @@ class GraphedStudent(FastStudent):
                 raise ValueError(f"student: expected {name} {[num_points, held.shape[1]]}, got {list(given.shape)}")
             held[:num_points] = given  # what a longer scan left behind them is padding
         self.offsets[1:].fill_(num_points)
+        self._last = points, offsets, residual
         if not self.points.is_cuda:
-            return PointLogits(self._of_capacity()[:num_points])
+            logits, self.has_room = self._of_capacity()
+            return PointLogits(logits[:num_points])
         with torch.cuda.device(self.points.device):
             if self.graph is None:
                 self._capture()
             self.graph.replay()
             return PointLogits(self.logits[:num_points].clone())  # the next scan overwrites them
 
-    def _of_capacity(self) -> Tensor:
-        return super().forward(self.points, self.offsets, self.residual, fixed_size=True).point_logits
+    def settled(self, logits: Tensor) -> Tensor:
+        """`logits`, the last answer, once the device is done with it; those without limits if its cells had no room.
+
+        Waits for nothing: the caller has.
+        """
+        if self._last is None or bool(self.has_room):
+            return logits
+        return super().forward(*self._last).point_logits
+
+    def _of_capacity(self) -> tuple[Tensor, Tensor]:
+        """Logits [capacity, C], all NaN if the cells have no room, and whether they have, bool [1]."""
+        sizes = {"fixed_size": True, "max_cells": self.max_cells}
+        out = super().forward(self.points, self.offsets, self.residual, **sizes)
+        has_room = out.gridded.cell_start[-1:] == self.offsets[1:]
+        return torch.where(has_room, out.point_logits, torch.nan), has_room
 
     def _capture(self) -> None:
         ours, stream = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -347,5 +392,6 @@ class GraphedStudent(FastStudent):
         ours.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may do as they like
-            self.logits = self._of_capacity()
+            self.logits, has_room = self._of_capacity()
+            self.has_room.copy_(has_room, non_blocking=True)
         self.graph = graph  # only when the capture succeeded

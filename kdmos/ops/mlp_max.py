@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdmos.ops import native
 from kdmos.ops.polar_grid import PointOrder
-from kdmos.ops.polar_scatter import chunks, sorted_max
+from kdmos.ops.polar_scatter import chunk_start, chunks, joined, sorted_max
 
 OUTPUTS = 32  # of a layer, that the native kernel takes at a time
 
@@ -48,8 +48,8 @@ def mlp_max(points: Tensor, layers: Sequence[tuple[Tensor, Tensor]], last: Tenso
     points = points.index_select(0, order.order)
     for first, end, begin, stop in chunks(order.start):
         x = point_mlp(points[begin:stop], layers, last)
-        out.append(sorted_max(x, order.start[first : end + 1] - begin))
-    return torch.cat(out)
+        out.append(sorted_max(x, chunk_start(order.start, first, end, begin)))
+    return joined(out)
 
 
 def has_kernel(points: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -62,8 +62,15 @@ def has_kernel(points: Tensor, weights: Sequence[Tensor]) -> bool:
 def point_mlp(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], last: Tensor) -> Tensor:
     """[n, D] -> [n, C]: the layers of `mlp_max`, of each point."""
     for weight, bias in layers:
-        x = F.linear(x.to(weight.dtype), weight, bias).relu_()
+        x = linear_relu(x.to(weight.dtype), weight, bias)
     return x.to(last.dtype) @ last.T
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[n, D] -> [n, D'], ReLU of weight [D', D] and bias [D']; without gradient."""
+    if x.device.type != "cpu" and native.serves(x):  # cuBLASLt adds and cuts before the result leaves its registers
+        return torch._addmm_activation(bias, x, weight.T)
+    return F.linear(x, weight, bias).relu_()
 
 
 @native.fake("mlp_max")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,30 @@ def polar_scatter(
         order = order or sort_by_cell(cell, num_cells)
         return torch.ops.kdmos.polar_scatter(features.contiguous(), *order)
     return reference.polar_scatter(features, cell, num_cells)
+
+
+@torch.no_grad()
+def cell_max(features: Tensor, order: PointOrder) -> Tensor:
+    """Largest feature of the points of each cell: `polar_scatter` where nobody asks which point it came from.
+
+    For inference: there is no gradient. Deterministic. Under autocast: in the type of the features.
+
+    Args:
+        features: Point features, float [N, C].
+        order: The points sorted by cell, M cells.
+    Returns: [M, C], 0 for a cell without points. NaN wins.
+    Raises: ValueError if the shapes do not fit or the features are not floating point.
+    """
+    if features.ndim != 2 or order.order.shape != features.shape[:1]:
+        raise ValueError(
+            f"cell_max: expected features [N, C] and an order [N], got {list(features.shape)} and "
+            f"{list(order.order.shape)}"
+        )
+    if not features.is_floating_point():
+        raise ValueError(f"cell_max: features must be floating point, got {features.dtype}")
+    if native.serves(features):
+        return torch.ops.kdmos.cell_max(features.contiguous(), *order)
+    return reference.cell_max(features, *order)
 
 
 def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid) -> Tensor:
@@ -103,14 +129,9 @@ def sorted_max(rows: Tensor, start: Tensor) -> Tensor:
 
     Rows from start[M] on are padding.
     """
-    num_cells = len(start) - 1
     if native.serves(rows):
-        if torch.compiler.is_compiling():  # the number of cells would be a constant as an argument of an op
-            return torch.ops.kdmos.polar_scatter(rows, None, start)[0]
-        cells = torch.arange(num_cells, device=rows.device)
-        return torch.ops.kdmos.polar_scatter_bev(rows, None, start, cells, num_cells)
-    cell = torch.searchsorted(start[1:], torch.arange(len(rows), device=rows.device), right=True)
-    return reference.polar_scatter(rows, cell, num_cells)[0]
+        return torch.ops.kdmos.cell_max(rows, None, start)
+    return reference.cell_max(rows, None, start)
 
 
 class LinearMax(torch.autograd.Function):
@@ -121,11 +142,11 @@ class LinearMax(torch.autograd.Function):
         maxima, ctx.chunks, argmax = [], chunks(start), []
         for first, last, begin, end in ctx.chunks:
             product = rows[begin:end] @ weight.T
-            maximum, point = torch.ops.kdmos.polar_scatter(product, None, start[first : last + 1] - begin)
+            maximum, point = torch.ops.kdmos.polar_scatter(product, None, chunk_start(start, first, last, begin))
             maxima.append(maximum)
             argmax.append(point.int())
         ctx.save_for_backward(rows, weight, start, *argmax)
-        return torch.cat(maxima)
+        return joined(maxima)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -134,7 +155,7 @@ class LinearMax(torch.autograd.Function):
         gradient = gradient.contiguous()
         for (first, last, begin, end), point in zip(ctx.chunks, argmax):
             product = torch.ops.kdmos.polar_scatter_backward(
-                gradient[first:last], point.long(), None, start[first : last + 1] - begin, end - begin
+                gradient[first:last], point.long(), None, chunk_start(start, first, last, begin), end - begin
             )
             torch.mm(product, weight, out=to_rows[begin:end])
             to_weight += product.T @ rows[begin:end]
@@ -156,6 +177,17 @@ def chunks(start: Tensor) -> list[tuple[int, int, int, int]]:
     return list(zip(cuts[:-1], cuts[1:], begins[:-1], begins[1:]))
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one after the other, at least one; a single one as it is, which torch would copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def chunk_start(start: Tensor, first: int, last: int, begin: int) -> Tensor:
+    """Where the cells of a chunk start in its own rows, which begin at row `begin`."""
+    start = start[first : last + 1]
+    return start - begin if begin else start  # on a GPU one launch less
+
+
 @native.fake("polar_scatter")
 def _(features, order, start):
     size = (start.shape[0] - 1, features.shape[1])
@@ -165,6 +197,11 @@ def _(features, order, start):
 @native.fake("polar_scatter_backward")
 def _(gradient, argmax, order, start, num_points):
     return gradient.new_empty(num_points, gradient.shape[1])
+
+
+@native.fake("cell_max")
+def _(features, order, start):
+    return features.new_empty(start.shape[0] - 1, features.shape[1])
 
 
 @native.fake("polar_scatter_bev")

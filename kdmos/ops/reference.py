@@ -15,6 +15,18 @@ from torch import Tensor
 from kdmos.settings import PolarGrid, ResidualGrid
 
 
+def copy_scan(points: Tensor, out: Tensor, most: float) -> Tensor:
+    finite, remission = points.isfinite().all(1), points[:, 3]
+    odd = finite & ((remission < 0) | (remission > most))
+    out.copy_(points.masked_fill(~finite[:, None], math.nan))
+    return torch.stack([(~finite).sum(), odd.sum()])
+
+
+def label_points(logits: Tensor, moving: int, raw: Sequence[int], labels: Tensor, probability: Tensor) -> None:
+    labels.copy_(torch.tensor(raw, device=logits.device)[logits.argmax(1)])
+    probability.copy_(logits.softmax(1)[:, moving])
+
+
 def scan_index(offsets: Tensor, num_points: int) -> Tensor:
     """Scan of each point, int64 [N]."""
     scans = torch.arange(offsets.numel() - 1, device=offsets.device)
@@ -112,11 +124,35 @@ def polar_scatter(features: Tensor, cell: Tensor, num_cells: int) -> tuple[Tenso
     return CellMaximum.apply(features, cell, num_cells)
 
 
+def cell_max(features: Tensor, order: Tensor | None, start: Tensor) -> Tensor:
+    row = torch.arange(len(features), device=features.device)
+    cell = torch.searchsorted(start, row, right=True) - 1  # the last that does not start after the row
+    features = features if order is None else features.index_select(0, order)
+    return polar_scatter(features, cell, len(start) - 1)[0]
+
+
 def cells_to_bev(values: Tensor, cells: Tensor, num_scans: int, grid: PolarGrid) -> Tensor:
     rings, sectors, _ = grid.bins
     places = num_scans * rings * sectors
     dense = values.new_zeros(places + 1, values.shape[1]).index_copy(0, cells, values)[:places]  # last row: padding
     return dense.view(num_scans, rings, sectors, -1).permute(0, 3, 1, 2)  # [B, C, R, A]
+
+
+def cells_to_image(
+    values: Tensor,
+    cells: Tensor,
+    factor: Tensor,
+    background: Tensor,
+    num_scans: int,
+    grid: PolarGrid,
+    dtype: torch.dtype,
+) -> Tensor:
+    rings, sectors, _ = grid.bins
+    places = num_scans * rings * sectors
+    rows = torch.addcmul(background, values.float(), factor).to(dtype)
+    dense = background.to(dtype).repeat(places + 1, 1)
+    dense = dense.index_copy(0, cells.clamp(max=places), rows)[:places]  # last row: padding
+    return dense.view(num_scans, rings, sectors, values.shape[1]).permute(0, 3, 1, 2)  # [B, C, R, A]
 
 
 def project(xyz: Tensor, grid: ResidualGrid) -> tuple[Tensor, Tensor]:
@@ -283,6 +319,12 @@ def co_attention(
     out = (seen * which + gated_appearance).to(dtype)
     results = (out, F.max_pool2d(out, 2), F.max_pool2d(motion, 2))
     return tuple(image.contiguous(memory_format=torch.channels_last) for image in results)
+
+
+def bias_activation(x: Tensor, bias: Tensor, slope: float) -> None:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    (bias,) = by_channel(x, bias.to(wide))
+    x.copy_(F.leaky_relu(x.to(wide) + bias, slope))
 
 
 def by_channel(x: Tensor, *values: Tensor) -> list[Tensor]:

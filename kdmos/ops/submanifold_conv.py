@@ -31,7 +31,8 @@ def find_neighbours(grid: Tensor, batch: Tensor) -> Neighbours:
     Args:
         grid: int [N, 3], the voxels of each sample; >= 0.
         batch: int [N], >= 0.
-    Returns: The pairs, int64 rows of `grid`. Of a voxel that occurs more than once, the first is found, as in spconv.
+    Returns: The pairs, int64 rows of `grid`, in the order of the voxels: equal rows stand next to each other, in
+        `here` and in `there`. Of a voxel that occurs more than once, the first is found, as in spconv.
     Raises: ValueError if the shapes do not fit.
     """
     if grid.ndim != 2 or grid.shape[1] != 3 or batch.shape != grid.shape[:1]:
@@ -58,13 +59,14 @@ def find_neighbours(grid: Tensor, batch: Tensor) -> Neighbours:
 def submanifold_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Neighbours) -> Tensor:
     """3x3x3 convolution over the occupied voxels alone; the empty ones are 0 and stay out.
 
-    Deterministic, the gradient too, unless on a GPU a voxel occurs twice: an output is summed offset by offset.
+    An output is summed offset by offset, in float32 (float64 for float64), and rounded once. Deterministic, the
+    gradient too, as far as torch's matrix products are. Under autocast: products in the autocast type.
 
     Args:
         x: float [N, C].
         weight: float [D, 3, 3, 3, C], axes x, y, z as in spconv.
         bias: float [D] or None.
-        neighbours: Of these N voxels.
+        neighbours: Of these N voxels, as `find_neighbours` orders them.
     Returns: [N, D].
     Raises: ValueError if the shapes do not fit.
     Source: Graham et al., 3D Semantic Segmentation with Submanifold Sparse Convolutional Networks, CVPR 2018.
@@ -88,23 +90,23 @@ class SubmanifoldConv(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, *pairs: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, *pairs)
         weights = weight.reshape(len(weight), 27, -1).permute(1, 2, 0)  # [27, C, D]
-        out = x @ weights[CENTRE]
+        out = _wide(x @ weights[CENTRE])
         for k, outputs, inputs in _directions(pairs):
             _add_rows(out, outputs, x.index_select(0, inputs) @ weights[k])
-        return out
+        return out.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         x, weight, *pairs = ctx.saved_tensors
         weights = weight.reshape(len(weight), 27, -1).transpose(0, 1)  # [27, D, C]
-        to_x, to_weight = gradient @ weights[CENTRE], torch.empty_like(weights)
+        to_x, to_weight = _wide(gradient @ weights[CENTRE]), torch.empty_like(weights)
         to_weight[CENTRE] = gradient.T @ x
         for k, outputs, inputs in _directions(pairs):
             rows = gradient.index_select(0, outputs)
             _add_rows(to_x, inputs, rows @ weights[k])
             to_weight[k] = rows.T @ x.index_select(0, inputs)
-        return to_x, to_weight.transpose(0, 1).reshape(weight.shape), *[None] * len(pairs)
+        return to_x.to(x.dtype), to_weight.transpose(0, 1).reshape(weight.shape), *[None] * len(pairs)
 
 
 def _directions(pairs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -114,12 +116,21 @@ def _directions(pairs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]
         yield CENTRE - 1 - i, there, here
 
 
+def _wide(rows: Tensor) -> Tensor:
+    """In the type of the sums."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 def _add_rows(to: Tensor, index: Tensor, rows: Tensor) -> None:
-    """`to.index_add_(0, index, rows)`, which torch does value by value."""
+    """`to.index_add_(0, index, rows)` in the type of `to`, which torch does value by value.
+
+    Equal values of the index stand next to each other, as `find_neighbours` has them: on a GPU the native op relies on
+    it.
+    """
     if native.serves(to):
         torch.ops.kdmos.add_rows(to, index, rows)
     else:
-        to.index_add_(0, index, rows)
+        to.index_add_(0, index, _wide(rows))
 
 
 @native.fake("add_rows")

@@ -119,13 +119,13 @@ void run_block(std::vector<int>& order, bool shuffled) {
       left -= fibers[t].state == kDone;
     }
     if (moved || !left) continue;
-    uint64_t any = 0;
+    uint64_t sum = 0;
     for (int t = 0; t < num_threads; ++t) {
       const Fiber& f = fibers[t];
       if (f.state != kBarrier || f.line != fibers[0].line) fail("threads wait for ever, or at different barriers" + states());
-      any |= f.value;
+      sum += f.value;
     }
-    for (int t = 0; t < num_threads; ++t) fibers[t].result = any, fibers[t].state = kRun;
+    for (int t = 0; t < num_threads; ++t) fibers[t].result = sum, fibers[t].state = kRun;
   }
 }
 

@@ -1,6 +1,8 @@
 """A sensor's profile: what the network gets of a scan, from a worked table, and what the YAML may hold."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -213,3 +215,10 @@ def test_remission_of_another_scale_is_refused_with_a_guess():
         check_remission(scan_on_the_ground(remission=60000 / 255), "here", 255)
     with pytest.raises(InputError, match=r"the remission runs from -.*is that field the remission"):
         check_remission(-scan_on_the_ground(), "here")
+
+
+def test_a_stream_needs_no_pydantic():
+    """Which is for files alone: a robot's Python may lack it."""
+    program = "import sys; sys.modules['pydantic'] = None; import kdmos.stream"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -182,6 +182,30 @@ def test_real_scans_in_any_order(realdata):
         assert_close(graphed(*batch).point_logits, fast(*batch).point_logits)
 
 
+@pytest.mark.parametrize("backend", native.BACKENDS)
+def test_a_scan_of_more_cells_than_there_is_room_for(backend, trained):
+    """Never in silence: no number where one would be wrong, and the right ones when asked."""
+    if backend == "native" and not native.BUILT:
+        pytest.skip("the native ops are not built")
+    student, batch = trained(), one_scan(700)
+    with native.backend(backend):
+        fast = FastStudent(student)
+        expected = fast(*batch)
+        cells = len(expected.gridded.cells)
+        exact = GraphedStudent(student, capacity=900, max_cells=cells)
+        assert_close(exact(*batch).point_logits, expected.point_logits)
+        graphed = GraphedStudent(student, capacity=900, max_cells=cells - 1)
+        logits = graphed(*batch).point_logits
+        assert logits.shape == (700, 4) and logits.isnan().all()
+        assert torch.equal(graphed.settled(logits), expected.point_logits)
+        few = one_scan(20)
+        logits = graphed(*few).point_logits
+        assert graphed.settled(logits) is logits
+        assert_close(logits, fast(*few).point_logits)
+        several = graphed(*scans((100, 200))).point_logits  # goes the ordinary way, without limits
+        assert graphed.settled(several) is several
+
+
 class Refuses(TorchDispatchMode):
     """Fails where the host would wait for a value of the device, or a size depends on one."""
 

@@ -19,7 +19,7 @@ ON_HOST = {"height_residual": 1, "height_residual_sequence": 1}  # op -> the arg
 class OnDevice(TorchDispatchMode):
     """Runs the native ops, forward and backward, on another device than that of their tensors.
 
-    What an op writes into its arguments comes back into them.
+    What an op writes into its arguments comes back into them. Pinned tensors stay where they are.
     """
 
     def __init__(self, device):
@@ -30,7 +30,7 @@ class OnDevice(TorchDispatchMode):
         if op.namespace != "kdmos":
             return op(*arguments, **(options or {}))
         self.calls += 1
-        there = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), list(arguments))
+        there = tree_map_only(torch.Tensor, self.to_device, list(arguments))
         stays = ON_HOST.get(op._schema.name.split("::")[1])
         if stays is not None:
             there[stays] = arguments[stays]
@@ -40,6 +40,9 @@ class OnDevice(TorchDispatchMode):
                 for to, written in zip(tree_leaves(ours), tree_leaves(theirs)):
                     to.copy_(written)
         return out
+
+    def to_device(self, tensor):
+        return tensor if tensor.is_pinned() else tensor.to(self.device)
 
 
 class OnHost(TorchDispatchMode):

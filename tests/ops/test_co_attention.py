@@ -31,7 +31,7 @@ def expected_of(appearance, motion, fused, gate, spatial, channel):
     return reference.co_attention(appearance, motion, fused, *gate, *spatial, *channel)
 
 
-@pytest.mark.parametrize("size", [(1, 2, 2), (2, 7, 5), (3, 6, 19), (1, 41, 401)])
+@pytest.mark.parametrize("size", [(1, 2, 2), (2, 7, 5), (3, 6, 19), (1, 2, 37), (2, 33, 2), (1, 41, 401)])
 @pytest.mark.parametrize("channels", [(5, 3, 4), (32, 16, 32), (1, 1, 1), (33, 40, 17)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_equals_the_reference(size, channels, dtype):
@@ -39,6 +39,30 @@ def test_equals_the_reference(size, channels, dtype):
     for ours, wanted in zip(co_attention(*case), expected_of(*case)):
         assert ours.dtype == dtype
         assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [
+        (24, 16, 40),  # in vectors, no power of two; more channels for the gates than fit a tile
+        (40, 13, 8),  # a motion that has no vectors, beside images that have
+        (300, 264, 1),  # more than threads of a block, or lanes of a team
+        (520, 8, 4),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_channels_of_all_kinds(channels, dtype):
+    case = random_case((2, 5, 6), channels, dtype)
+    case[-1][0].mul_(channels[0] ** -0.5)  # or one channel's share of the softmax is all
+    for ours, wanted in zip(co_attention(*case), expected_of(*case)):
+        assert_close(ours, wanted)
+
+
+def test_a_large_image():
+    """More pixels than parts of fixed size can hold, so that their number, or they, must grow."""
+    case = random_case((1, 516, 523), (2, 1, 1), torch.float32)
+    for ours, wanted in zip(co_attention(*case), expected_of(*case)):
         assert_close(ours, wanted)
 
 
@@ -109,6 +133,25 @@ def test_scans_of_a_batch_do_not_see_each_other():
             assert_close(ours[scan : scan + 1], wanted)
     empty = co_attention(*(image[:0] for image in (appearance, motion, fused)), *layers)
     assert [len(image) for image in empty] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(5, 33, 47), (6, 8, 2)])
+def test_a_broken_scan_leaves_its_neighbours_alone(backend, size):
+    """To the last bit, where sums are made in an order that depends on the size of the image alone."""
+    appearance, motion, fused, *layers = random_case(size, (16, 8, 16), torch.float32)
+    clean = co_attention(appearance, motion, fused, *layers)
+    for image, value in ((appearance, torch.inf), (motion, torch.nan), (fused, torch.nan)):
+        image[1] = value
+    together = co_attention(appearance, motion, fused, *layers)
+    assert together[0][1].isnan().all()
+    for scan in set(range(size[0])) - {1}:
+        alone = co_attention(*(image[scan : scan + 1] for image in (appearance, motion, fused)), *layers)
+        for ours, wanted, before in zip(together, alone, clean):
+            if backend == "reference":  # torch's convolution sums in another order for another batch
+                assert_close(ours[scan], wanted[0])
+            else:
+                assert torch.equal(ours[scan], wanted[0])
+            assert torch.equal(ours[scan], before[scan])
 
 
 def test_threads_do_not_change_the_result(backend):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from kdmos.models import DySample
-from kdmos.ops import dysample
+from kdmos.ops import dysample, native
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +242,17 @@ def test_refuses_what_does_not_fit():
         dysample(x, torch.zeros(1, 16, 3, 5), groups=2)
     with pytest.raises(ValueError, match="dysample: 6 channels do not divide into 4 groups"):
         dysample(x, torch.zeros(1, 32, 3, 4), groups=4)
+
+
+def test_the_kernel_itself_refuses_what_it_would_read_beyond(backend):
+    if backend != "cuda":
+        pytest.skip("of the GPU")
+    x, offset = (native.channels_last(image) for image in random_case(2, 8, 3, 5))
+    gradient = torch.zeros(2, 8, 6, 10).to(memory_format=torch.channels_last)
+    sizes = (2, 4, False)
+    for bad in (offset.double(), offset[:1], offset[..., :4], offset.contiguous()):
+        with pytest.raises(RuntimeError, match="dysample: offset"):
+            torch.ops.kdmos.dysample(x, bad, *sizes)
+    for bad in (gradient.half(), gradient.view(2, 8, 10, 6), gradient.contiguous()):
+        with pytest.raises(RuntimeError, match="dysample_backward: gradient"):
+            torch.ops.kdmos.dysample_backward(bad, x, offset, *sizes)

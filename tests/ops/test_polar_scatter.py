@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kdmos.ops import cells_to_bev, polar_grid, polar_scatter, polar_scatter_bev
+from kdmos.ops import PointOrder, cell_max, cells_to_bev, polar_grid, polar_scatter, polar_scatter_bev
 from kdmos.ops.polar_scatter import sorted_max
 from kdmos.settings import PolarGrid
 
@@ -124,6 +124,99 @@ def test_refuses_what_does_not_fit():
         polar_scatter(torch.zeros(3), cell, 1)
     with pytest.raises(ValueError, match=r"polar_scatter: features must be floating point, got torch\.int64"):
         polar_scatter(torch.zeros(3, 2, dtype=torch.int64), cell, 1)
+
+
+def sorted_by(cell, num_cells):
+    """The points by cell, those in none of them last."""
+    cell = torch.where((cell >= 0) & (cell < num_cells), cell, num_cells)
+    return PointOrder(cell.argsort(stable=True), torch.searchsorted(cell.sort().values, torch.arange(num_cells + 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_points", "channels", "num_cells"),
+    [(1, 1, 1), (41, 5, 7), (401, 3, 400), (97, 33, 2), (900, 64, 9), (0, 3, 2), (2, 3, 0), (2, 0, 3)],
+)
+def test_cell_max_is_the_maximum_of_polar_scatter(num_points, channels, num_cells, dtype):
+    """To the bit: of short and long cells and empty ones, of points in none, of NaN and infinity."""
+    features, cell = random_points(num_points, channels, max(1, num_cells), dtype=dtype)
+    features.flatten()[::50], features.flatten()[1::70], features.flatten()[2::90] = math.nan, math.inf, -math.inf
+    cell[::5], cell[3::11] = -1, num_cells
+    order = sorted_by(cell, num_cells)
+    expected, _ = polar_scatter(features, cell, num_cells)
+    found = cell_max(features, order)
+    assert found.dtype == dtype
+    assert torch.equal(found.nan_to_num(7e4), expected.nan_to_num(7e4))
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isposinf(), expected.isposinf())
+    assert torch.equal(sorted_max(features[order.order], order.start).isnan(), expected.isnan())
+
+
+def test_cell_max_worked_by_hand():
+    features = torch.tensor([[9.0], [-3.0], [-2.0], [5.0], [9.0]])
+    order = PointOrder(torch.tensor([0, 3, 2, 1, 4]), torch.tensor([1, 2, 2, 4]))  # the first and the last are in none
+    assert cell_max(features, order).tolist() == [[5], [0], [-2]]
+    assert cell_max(features.T.contiguous().T, order).tolist() == [[5], [0], [-2]]
+
+
+def test_cell_max_refuses_what_does_not_fit():
+    order = PointOrder(torch.arange(3), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"cell_max: expected features \[N, C\] and an order \[N\], got \[4, 2\] and"):
+        cell_max(torch.zeros(4, 2), order)
+    with pytest.raises(ValueError, match="cell_max: expected features"):
+        cell_max(torch.zeros(3), order)
+    with pytest.raises(ValueError, match=r"cell_max: features must be floating point, got torch\.int64"):
+        cell_max(torch.zeros(3, 2, dtype=torch.int64), order)
+
+
+@pytest.mark.parametrize("start", [[0, 6], [3, 2, 5], [-1, 5]])
+def test_a_start_outside_is_refused_or_cut(start, backend):
+    """A CPU looks; a GPU, where looking would wait for it, reads and writes nothing elsewhere."""
+    features, starts, order = torch.ones(5, 2), torch.tensor(start), torch.arange(5)
+    argmax = torch.zeros(len(start) - 1, 2, dtype=torch.int64)
+    calls = {
+        "polar_scatter": lambda op: op(features, order, starts),
+        "cell_max": lambda op: op(features, order, starts),
+        "polar_scatter_bev": lambda op: op(features, order, starts, torch.arange(len(start) - 1), 3),
+        "polar_scatter_backward": lambda op: op(torch.ones(argmax.shape), argmax, order, starts, 5),
+    }
+    for name, call in calls.items():
+        if backend == "native":
+            with pytest.raises(RuntimeError, match=f"{name}: start must ascend within 0 and 6"):
+                call(getattr(torch.ops.kdmos, name))
+        elif backend == "cuda":
+            call(getattr(torch.ops.kdmos, name))
+
+
+@pytest.mark.parametrize("num_points", [20, 100])
+def test_an_order_outside_is_refused_or_skipped(num_points, backend):
+    features, order = torch.arange(num_points * 2.0).view(-1, 2) - 9, torch.arange(num_points)
+    order[-3:] = torch.tensor([num_points, -1, 2**40])
+    start, argmax = torch.tensor([0, num_points]), torch.full((1, 2), num_points - 4)
+    ops = torch.ops.kdmos
+    if backend == "native":
+        for name in ("polar_scatter", "cell_max"):
+            with pytest.raises(RuntimeError, match=f"{name}: order must lie within 0 and {num_points}"):
+                getattr(ops, name)(features, order, start)
+        with pytest.raises(RuntimeError, match="polar_scatter_backward: order must lie within"):
+            ops.polar_scatter_backward(torch.ones(1, 2), argmax, order, start, num_points)
+    if backend == "cuda":
+        expected = features[[num_points - 4]]
+        maximum, point = ops.polar_scatter(features, order, start)
+        assert torch.equal(maximum, expected) and torch.equal(point, argmax)
+        assert torch.equal(ops.cell_max(features, order, start), expected)
+        gradient = ops.polar_scatter_backward(torch.ones(1, 2), argmax, order, start, num_points)
+        assert gradient[num_points - 4].tolist() == [1, 1] and not gradient[: num_points - 4].any()
+        maximum, point = ops.polar_scatter(features[:2], order[-2:], torch.tensor([0, 2]))  # none that is inside
+        assert maximum.tolist() == [[0, 0]] and point.tolist() == [[-1, -1]]
+
+
+def test_points_before_the_first_cell_get_no_gradient(backend):
+    if backend == "reference":
+        pytest.skip("which takes no start")
+    gradient = torch.ops.kdmos.polar_scatter_backward(
+        torch.ones(1, 2), torch.full((1, 2), 4), torch.arange(9), torch.tensor([3, 6]), 9
+    )
+    assert gradient[4].tolist() == [1, 1] and gradient.sum() == 2
 
 
 def test_cells_to_bev_worked_by_hand():

@@ -1,5 +1,6 @@
 """The native ops as torch sees them: schemas, fakes, gradients, compilation, types, and the choice of a backend."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import _disable_current_modes
 
 import kdmos
 from kdmos import ops
@@ -53,6 +55,7 @@ def samples():
         "polar_scatter": (rows, *order),
         "polar_scatter_backward": (random(7, 5), torch.zeros(7, 5, dtype=torch.int64), *order, 50),
         "polar_scatter_bev": (rows.detach(), *order, torch.arange(7) * 2, 20),
+        "cell_max": (rows.detach(), *order),
         "cells_to_bev": (random(7, 5, grad=True), torch.arange(7) * 2, 20),
         "height_residual": (
             scans,
@@ -63,6 +66,23 @@ def samples():
             [torch.zeros(20, 3), torch.zeros(20, 1)],
             [2, 0],
         ),
+        "cells_to_image": (
+            random(7, 5, dtype=torch.float32),
+            torch.arange(7) * 2,
+            random(5, seed=1, dtype=torch.float32),
+            random(5, seed=2, dtype=torch.float32),
+            20,
+            torch.bfloat16,
+        ),
+        "copy_scan": (cloud(20), torch.zeros(20, 4), 2.0),
+        "label_points": (
+            random(50, 4).float(),
+            3,
+            [0, 9, 250, 251],
+            torch.zeros(50, dtype=torch.uint32),
+            torch.zeros(50),
+        ),
+        "bias_activation": (image(2, 3, 4, 5), random(3), 0.01),
         "height_residual_sequence": (scans, eye.repeat(3, 2, 1, 1), *LIMITS),
         "selective_scan": (*scan, torch.tensor([0, 20, 70]), True),
         "selective_scan_backward": (
@@ -228,6 +248,43 @@ def test_indices_that_would_read_elsewhere_are_refused(backend):
     for cells in ([3, 321], [320, 3], [4, 3]):
         with pytest.raises(RuntimeError, match="cells must ascend within 0 and 320"):
             ops.cells_to_bev(torch.zeros(2, 1), torch.tensor(cells), 1, GRID)
+
+
+POINTED = ["add_rows", "cell_max", "cells_to_bev", "polar_scatter", "polar_scatter_backward", "polar_scatter_bev"]
+POINTED += [
+    "selective_scan",
+    "selective_scan_backward",
+    "voxel_head",
+    "voxel_head_backward",
+    "voxel_label",
+    "wdcd_loss",
+]
+
+
+@needs_native
+@pytest.mark.parametrize("op", POINTED)
+def test_tensors_that_would_be_read_wrongly_are_refused(op, backend):
+    """One after the other of another type or with holes; on a GPU also on another device: ops read raw memory."""
+    if backend == "reference":
+        pytest.skip("torch checks its own")
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in samples()[0][op]]
+    call, name = getattr(torch.ops.kdmos, op), op.removesuffix("_backward")
+    places = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    single = sum(arguments[i].is_floating_point() for i in places) == 1  # sets the type
+    on_a_gpu = backend == "cuda" and "KDMOS_CUDA_ON_HOST" not in os.environ
+    for i in places:
+        tensor, wrong = arguments[i], []
+        if not (single and tensor.is_floating_point()):
+            wrong.append(tensor.half() if tensor.is_floating_point() else tensor.int())
+        if not on_a_gpu:  # on its way there a copy closes the holes
+            wrong.append(torch.stack([tensor, tensor], -1)[..., 0])
+        for other in wrong:
+            with pytest.raises(RuntimeError, match=name):
+                call(*arguments[:i], other, *arguments[i + 1 :])
+        if on_a_gpu and len(places) > 1:
+            there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+            with _disable_current_modes(), pytest.raises(RuntimeError, match=name):
+                call(*there[:i], tensor, *there[i + 1 :])
 
 
 def test_choosing_a_backend(backend):

@@ -104,6 +104,15 @@ def test_neighbours_by_hand():
     assert pairs == {offset: expected.get(offset, []) for offset in OFFSETS[CENTRE + 1 :]}
 
 
+def test_equal_rows_stand_next_to_each_other():
+    """What adding rows on a GPU relies on, in both directions, where voxels occur many times too."""
+    grid, batch = random_voxels(300, 4, 2, twice=True)
+    found = find_neighbours(grid, batch)
+    assert any(len(there.unique()) < len(there) for there in found.there)
+    for index in (*found.here, *found.there):
+        assert len(index.unique_consecutive()) == len(index.unique())
+
+
 def test_voxels_at_opposite_ends_are_no_neighbours():
     """One key a voxel: what leaves an axis, or a sample, must not come back in the next one."""
     side = 3
@@ -210,6 +219,41 @@ def test_autocast_computes_in_bfloat16():
         # 8 bits each: factors are off by up to 2^-9 and so are up to 27 roundings of the sum
         assert (actual.float() - reference).norm() < 0.02 * reference.norm()
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_summed_in_float32(dtype):
+    """27 times 129, which 8 bits do not hold: rounded once, both ways."""
+    grid = torch.tensor(OFFSETS) + 1
+    x = torch.full((27, 1), 129.0, dtype=dtype, requires_grad=True)
+    out = submanifold_conv(
+        x, torch.ones(1, 3, 3, 3, 1, dtype=dtype), None, find_neighbours(grid, torch.zeros(27, dtype=torch.int64))
+    )
+    assert out.dtype == dtype and out[CENTRE] == torch.tensor(27 * 129.0).to(dtype)
+    out.backward(torch.full_like(out, 129.0))
+    assert x.grad.dtype == dtype and x.grad[CENTRE] == torch.tensor(27 * 129.0).to(dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_on_a_gpu_as_on_a_cpu(dtype, backend):
+    """Voxels that occur twice among them; the same to the bit each time."""
+    grid, batch = random_voxels(400, 6, 2, twice=True)
+    layer = [tensor.to(dtype).requires_grad_() for tensor in random_layer(400, 16, 24, dtype=torch.float64)]
+    upstream = torch.randn(400, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+    def run(device):
+        there = [tensor.detach().to(device).requires_grad_() for tensor in layer]
+        out = submanifold_conv(*there, find_neighbours(grid.to(device), batch.to(device)))
+        return [tensor.cpu() for tensor in (out, *torch.autograd.grad(out, there, upstream.to(device)))]
+
+    first, second, expected = run("cuda"), run("cuda"), run("cpu")
+    for one, other, wanted in zip(first, second, expected):
+        if backend == "native":
+            assert torch.equal(one, other)
+        # sums of some hundred products in another order; of bfloat16, products that are rounded to 8 bits
+        close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+        assert (one.double() - wanted.double()).norm() <= close * wanted.double().norm()
 
 
 def test_what_does_not_fit_is_refused():

@@ -50,8 +50,9 @@ def test_equals_the_dense_convolution(bins, num_voxels, dtype):
     assert_close(logits, dense_head(*case))
 
 
-def test_gradients_equal_those_of_the_dense_convolution():
-    features, voxels, weight, bias, grid = random_case((4, 6, 3))
+@pytest.mark.parametrize("channels", [5, 32, 130])  # sums for 32, 128 and 2 x 224 threads on a GPU
+def test_gradients_equal_those_of_the_dense_convolution(channels):
+    features, voxels, weight, bias, grid = random_case((4, 6, 3), channels=channels)
     inputs = [features.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     upstream = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ours, dense = (head(features, voxels, weight, bias, grid) for head in (voxel_head, dense_head))
@@ -90,6 +91,25 @@ def test_padding_gets_zeros(padding):
     assert logits.shape == (40 + padding, 3)
     assert not logits[40:].any()
     assert not voxel_head(features, beyond, weight, bias, grid).any()
+
+
+def test_voxels_outside_are_skipped_on_a_gpu(backend):
+    """Before, between and after the others: they get zeros, and give no gradient."""
+    if backend != "cuda":
+        pytest.skip("refused on a CPU")
+    features, voxels, weight, bias, grid = random_case((4, 6, 3))
+    inputs = [features.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    inside = torch.ones(47, dtype=torch.bool)
+    inside[[0, 1, 20, 21, 44, 45, 46]] = False
+    stray = torch.tensor([-1, -(2**40), -2, 2 * 4 * 6 * 3, 2**40, 2 * 4 * 6 * 3, 2 * 4 * 6 * 3 + 1])
+    mixed = torch.zeros(47, dtype=torch.int64)
+    mixed[inside], mixed[~inside] = voxels, stray
+    expected, logits = (voxel_head(features, which, weight, bias, grid) for which in (voxels, mixed))
+    assert torch.equal(logits[inside], expected) and not logits[~inside].any()
+    upstream = torch.randn(47, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, inputs, upstream[inside])
+    for gradient, reference in zip(torch.autograd.grad(logits, inputs, upstream), wanted):
+        assert_close(gradient, reference)
 
 
 def test_refuses_what_does_not_fit():

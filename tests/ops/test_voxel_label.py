@@ -87,6 +87,25 @@ def test_non_contiguous_input():
     assert voxel_label(rank, labels, 2, 4).tolist() == [3, 1]
 
 
+def test_points_outside_are_refused_or_do_not_vote(backend):
+    """A CPU looks; a GPU, where looking would wait for it, reads nothing elsewhere."""
+    labels = torch.tensor([3] * 4 + [1] * 25, dtype=torch.uint8)
+    order = torch.arange(29)
+    order[[4, 6, 8]] = torch.tensor([-1, 29, 2**40])
+    start = torch.tensor([0, 5, 29])
+    op = torch.ops.kdmos.voxel_label
+    if backend == "native":
+        with pytest.raises(RuntimeError, match="voxel_label: order must lie within 0 and 29"):
+            op(labels, order, start, 4)
+        for wrong in ([0, 30], [5, 4, 29], [-1, 29]):
+            with pytest.raises(RuntimeError, match="voxel_label: voxel_start must ascend within 0 and 30"):
+                op(labels, torch.arange(29), torch.tensor(wrong), 4)
+    if backend == "cuda":
+        assert op(labels, order, start, 4).tolist() == [3, 1]
+        assert op(labels, torch.arange(29), torch.tensor([-9, 4, 60]), 4).tolist() == [3, 1]
+        assert op(labels, torch.full((29,), -1), start, 4).tolist() == [0, 0]
+
+
 def test_refuses_other_lengths():
     with pytest.raises(ValueError, match="voxel_label: 3 ranks but 2 labels"):
         voxel_label(torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.uint8), 1, 4)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from kdmos.ops import wrap_around
+from kdmos.ops import native, wrap_around
 
 
 def expected_of(parts, halo):
@@ -63,3 +63,15 @@ def test_refuses_what_does_not_fit():
     for halo in (-1, 5):
         with pytest.raises(ValueError, match=f"wrap_around: a halo of {halo} around 4 sectors"):
             wrap_around([x], halo)
+
+
+@pytest.mark.skipif(not native.BUILT, reason="the native ops are not built")
+def test_the_op_itself_refuses_what_it_would_read_beyond(backend):
+    if backend == "reference":
+        pytest.skip("of the native ops")
+    x = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for bad in (x.half(), x[:1], x.contiguous(), x.transpose(2, 3).contiguous(memory_format=torch.channels_last)):
+        with pytest.raises(RuntimeError, match="wrap_around"):
+            torch.ops.kdmos.wrap_around([x, bad], 1)
+    with pytest.raises(RuntimeError, match="wrap_around_backward"):
+        torch.ops.kdmos.wrap_around_backward(x.contiguous(), [3, 4, 3], 1)

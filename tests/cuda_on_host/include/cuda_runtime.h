@@ -40,6 +40,12 @@ inline cudaError_t cudaMemcpyAsync(void* a, const void* b, size_t n, cudaMemcpyK
   std::memcpy(a, b, n);
   return cudaSuccess;
 }
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice };
+struct cudaPointerAttributes { cudaMemoryType type; int device; void *devicePointer, *hostPointer; };
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* to, const void* p) {
+  *to = {cudaMemoryTypeHost, 0, const_cast<void*>(p), const_cast<void*>(p)};  // there is no other memory
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 namespace host {
@@ -48,7 +54,7 @@ enum Exchange { kShuffle, kShuffleXor, kBallot, kSyncWarp };
 extern uint3 thread_idx, block_idx;
 extern dim3 block_dim, grid_dim;
 uint64_t exchange(Exchange op, unsigned mask, uint64_t value, int argument, int line);  // between the lanes of a warp
-int barrier(int value, int line);                                                       // of a block
+int barrier(int value, int line);  // of a block; the sum of its threads' values
 void begin_shared(void* at, size_t size);
 void* dynamic_shared();
 void run(const char* name, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
@@ -72,6 +78,7 @@ T rounded(T v) { asm volatile("" : "+x"(v)); return v; }
 #define blockDim (host::block_dim)
 #define gridDim (host::grid_dim)
 #define __syncthreads() ((void)host::barrier(0, __LINE__))
+#define __syncthreads_count(x) (host::barrier((x) ? 1 : 0, __LINE__))
 #define __syncthreads_or(x) (host::barrier((x) ? 1 : 0, __LINE__))
 #define __syncwarp() ((void)host::exchange(host::kSyncWarp, 0xffffffffu, 0, 0, __LINE__))
 
