@@ -1,11 +1,13 @@
 """A stream end to end, raw scans in memory -> labels in memory: latency, throughput, memory.
 
-    python -m benchmarks.bench_stream [SEQUENCE] [--device cuda] [--precision bfloat16] [--scans 200] [--no-append]
+    python -m benchmarks.bench_stream [SEQUENCE] [--device cuda] [--precision bfloat16] [--scans 200] [--untimed]
+        [--no-append]
 
 Motion channels, gridding, network and labels included; poses given. Latency is the time from a scan's arrival until the
 result that it completes is there; the wait for the look-ahead comes on top and stands on the row. At full speed a scan
 comes when the one before it is done; at the sensor's rate it comes when it comes, from another thread, and is skipped
-if the stream is busy with older ones. Scans are given forwards and backwards, in turns, so that no pose jumps.
+if the stream is busy with older ones. The times of its stages cost a GPU its lead (each waits for the device):
+`--untimed` leaves them out. Scans are given forwards and backwards, in turns, so that no pose jumps.
 """
 
 from __future__ import annotations
@@ -107,8 +109,9 @@ def measure(
     checkpoint: str = "synthetic",
     sensor: str = "hdl64",
     paces: tuple[str, ...] = tuple(PACES),
+    timed: bool = True,
 ) -> Iterator[dict]:
-    """A row for each precision and pace."""
+    """A row for each precision and pace; `timed`: with the times of its stages."""
     from kdmos.models import load_model
     from kdmos.stream import MosStream
 
@@ -119,7 +122,7 @@ def measure(
                 torch.cuda.reset_peak_memory_stats()
             else:
                 forget_peak_of_process()
-            stream = MosStream(load_model(checkpoint, device), precision=precision, timed=True)
+            stream = MosStream(load_model(checkpoint, device), precision=precision, timed=timed)
             if precision != "float32" and stream.model.dtype == torch.float32:
                 break  # not computed here
             found = PACES[pace](stream, endless(clouds, poses), scans)
@@ -160,11 +163,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="synthetic")
     parser.add_argument("--sensor", default="hdl64", help="of the synthetic scans")
     parser.add_argument("--full-speed", action="store_true", help="not at the sensor's rate too")
+    parser.add_argument("--untimed", action="store_true", help="without the times of the stages")
     parser.add_argument("--no-append", action="store_true", help="print only")
     given = parser.parse_args()
     precisions = tuple(given.precision.split(","))
     paces = ("full speed",) if given.full_speed else tuple(PACES)
-    for row in measure(given.sequence, given.device, precisions, given.scans, given.checkpoint, given.sensor, paces):
+    settings = (given.scans, given.checkpoint, given.sensor, paces, not given.untimed)
+    for row in measure(given.sequence, given.device, precisions, *settings):
         print({**row, "threads": torch.get_num_threads()}, flush=True)
         if not given.no_append:
             rows.append("stream", row, given.device)

@@ -11,6 +11,8 @@ import argparse
 
 import numpy as np
 
+WARM_UP = 1  # frames: the first makes what all later ones use
+
 
 def measure(folder: str | None, device: str, precision: str, rounds: int) -> dict:
     import torch
@@ -32,7 +34,7 @@ def measure(folder: str | None, device: str, precision: str, rounds: int) -> dic
     voxels = len(find_voxels(cloud, teacher.settings.voxel).grid)
     before = peak_gib()
     with torch.inference_mode():
-        times = [clock(lambda: teacher.point_logits(*window), device) for _ in range(1 + rounds)][1:]
+        times = [clock(lambda: teacher.point_logits(*window), device) for _ in range(WARM_UP + rounds)][WARM_UP:]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak_gib() - before
     low, median, high = np.percentile(times, [20, 50, 80]).tolist()
     return {

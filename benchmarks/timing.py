@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,23 +17,33 @@ from . import rows
 
 WARM_UP = 3
 REST = 0.05  # seconds until the threads of the other side, which wait for more work by spinning, leave their cores
+BEYOND_L2 = 256 << 20  # bytes: several times what the cache of a GPU holds
+MOST_SETS = 32
+CLOCKS = 2e9  # of a GPU a second, at most
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Case:
     """One piece of work, done in plain torch or numpy as in `baseline.py`, and by this package.
 
+    baseline, ours: Either side, or several that do the same on other memory and take turns (see `num_sets`).
     scans: Where its scans are from; "drawn" for random numbers.
     limit_bytes: Fewest bytes that must move; with the measured copy bandwidth, a lower bound of the time.
     limit_ms: A lower bound of another kind (arithmetic), if that is the higher one.
     """
 
     name: str
-    baseline: Callable[[], object]
-    ours: Callable[[], object]
+    baseline: Work | Sequence[Work]
+    ours: Work | Sequence[Work]
     scans: str
     limit_bytes: float = 0.0
     limit_ms: float = 0.0
+
+
+def num_sets(device: str, set_bytes: float) -> int:
+    """Sets of inputs that take turns, so that on a GPU none is in the cache when its turn comes."""
+    return 1 if device != "cuda" else max(1, min(MOST_SETS, math.ceil(BEYOND_L2 / max(1, set_bytes))))
 
 
 def rest() -> None:
@@ -50,21 +61,27 @@ def synchronise(device: str) -> None:
 
 @cache
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a plain copy of 256 MB into memory that is there already."""
-    source = torch.ones(1 << 26, device=device)
+    """Bytes a second, read and written, of a plain copy of 256 MB (1 GB on a GPU) into memory that is there already."""
+    source = torch.randn(1 << (28 if device == "cuda" else 26), device=device)
     target = torch.empty_like(source)
-    seconds = [clock(lambda: target.copy_(source), device) for _ in range(12)][2:]
-    return 2 * source.numel() * 4 / float(np.median(seconds))
+    return 2 * source.numel() * 4 / _median_seconds(lambda: target.copy_(source), device)
 
 
 @cache
 def multiply_adds_per_second(dtype: torch.dtype, device: str) -> float:
-    """Of a matrix product of 2048 x 2048."""
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    return 2048**3 / float(np.median([clock(lambda: a @ b, device) for _ in range(12)][2:]))
+    """Of a product of random matrices of 2048 x 2048, on a GPU of 8192 x 8192, which fill it."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return size**3 / _median_seconds(lambda: a @ b, device)
 
 
-def clock(work: Callable[[], object], device: str) -> float:
+def _median_seconds(work: Work, device: str) -> float:
+    measure = OnGpu([work]) if device == "cuda" else lambda: clock(work, device)
+    return float(np.median([measure() for _ in range(12)][2:]))
+
+
+def clock(work: Work, device: str) -> float:
+    """Seconds until the work is done."""
     synchronise(device)
     start = time.perf_counter()
     work()
@@ -72,23 +89,83 @@ def clock(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+class OnGpu:
+    """Seconds that a call of some work takes on the GPU, of many calls between two events.
+
+    A kernel that waits goes first: while it does, the host queues the calls, so that what Python needs for them is not
+    in the time, and the GPU never rests and keeps its clock. Work that takes LONG is timed by the host, call by call:
+    such may be the host's own, as that in numpy is. What an op waits for by itself, to read a size back, stays in.
+
+    Args:
+        works: Take turns; each on memory of its own.
+    """
+
+    LONG = 0.02  # seconds
+    SPAN = 0.004  # seconds between the events, about
+    MOST = 64  # calls between them; a GPU queues some thousand launches
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self.works, self.turn = works, 0
+        for work in works:
+            work()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for work in works:
+            work()
+        queued = (time.perf_counter() - start) / len(works)
+        torch.cuda.synchronize()
+        whole = (time.perf_counter() - start) / len(works)
+        self.long = whole > self.LONG
+        self.calls = max(1, min(self.MOST, math.ceil(self.SPAN / whole)))
+        self.cycles = int(CLOCKS * 1.5 * (self.calls * queued + 1e-4))
+
+    def __call__(self) -> float:
+        calls = [self.works[(self.turn + i) % len(self.works)] for i in range(1 if self.long else self.calls)]
+        self.turn += len(calls)
+        if self.long:
+            return clock(calls[0], "cuda")
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(self.cycles)
+        start.record()
+        for work in calls:
+            work()
+        end.record()
+        torch.cuda.synchronize()
+        return 1e-3 * start.elapsed_time(end) / len(calls)
+
+
+def _timer(work: Work | Sequence[Work], device: str) -> Callable[[], float]:
+    works = [work] if callable(work) else list(work)
+    if device == "cuda":
+        return OnGpu(works)
+
+    def rested() -> float:
+        rest()
+        return clock(works[0], device)
+
+    return rested
+
+
 def compare(case: Case, device: str, rounds: int) -> dict:
     """One row: milliseconds of both sides (median, 20th and 80th percentile), their ratio, and the limit."""
-    times = {"baseline": [], "kdmos": []}
+    copy_gb_s = copy_bandwidth(device) / 1e9  # first: it warms a GPU up
+    timers = {"baseline": _timer(case.baseline, device), "kdmos": _timer(case.ours, device)}
+    times = {side: [] for side in timers}
     for number in range(WARM_UP + rounds):
-        for side, work in (("baseline", case.baseline), ("kdmos", case.ours)):  # in turns: a busy machine slows both
-            rest()
-            seconds = clock(work, device)
+        for side, timer in timers.items():  # in turns: a busy machine slows both
+            seconds = timer()
             times[side] += [1e3 * seconds] if number >= WARM_UP else []
+    digits = 4 if device == "cuda" else 3
     row = {"case": case.name, "scans": case.scans, "rounds": rounds}
     for side, values in times.items():
         low, median, high = np.percentile(values, [20, 50, 80]).tolist()
-        row |= {f"{side}_ms_p20": round(low, 3), f"{side}_ms": round(median, 3), f"{side}_ms_p80": round(high, 3)}
+        row |= {f"{side}_ms_p20": round(low, digits), f"{side}_ms": round(median, digits)}
+        row[f"{side}_ms_p80"] = round(high, digits)
     row["ratio"] = round(row["baseline_ms"] / row["kdmos_ms"], 2)
-    limit = max(case.limit_ms, 1e3 * case.limit_bytes / copy_bandwidth(device))
+    limit = max(case.limit_ms, case.limit_bytes / copy_gb_s / 1e6)
     row["limit"] = "arithmetic" if limit == case.limit_ms and limit else "bytes"
-    row["limit_ms"] = round(limit, 3)
-    row["copy_gb_s"] = round(copy_bandwidth(device) / 1e9, 1)
+    row["limit_ms"] = round(limit, digits)
+    row["copy_gb_s"] = round(copy_gb_s, 1)
     row["share_of_limit"] = round(limit / row["kdmos_ms"], 3)
     return row
 
