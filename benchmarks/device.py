@@ -38,7 +38,10 @@ STAGES, OPS, BENCH = (f"{PYTHON} -m benchmarks.device_{name}" for name in ("stag
 BF16 = "--device cuda --precision bfloat16"
 SCANS = "gpu_pack/realdata/kitti-raw-0005-a"
 OP_TESTS = "-k cuda tests/ops"  # of the other backends they run anywhere
-MODEL_TESTS = "tests/models/test_student_on_gpu.py tests/models/test_teacher_on_gpu.py tests/models/test_fast.py"
+MODEL_TESTS = (
+    "tests/models/test_student_on_gpu.py tests/models/test_teacher_on_gpu.py tests/test_stream_on_gpu.py "
+    "tests/models/test_fast.py tests/test_precision.py"
+)
 MODEL_TESTS += " tests/test_stream_on_gpu.py"
 
 
