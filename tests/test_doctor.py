@@ -128,3 +128,33 @@ def test_a_system_without_proc(monkeypatch):
     model, flags = doctor._cpu_model()
     assert model and flags == set()
     assert doctor._instructions(torch, flags).found.endswith("bf16 not known")
+
+
+@pytest.mark.skipif(not native.BUILT, reason="the native ops are not built")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "the CUDA ops are not built"),
+        ("no library", r"the CUDA ops do not load \(.*_cuda.so: (file too short|invalid ELF header)\)"),
+        ("of another build", "the CUDA ops lack add_rows: they are of another build"),
+    ],
+)
+def test_a_cuda_library_that_cannot_be_used(content, reason, tmp_path, monkeypatch):
+    """In the linker's words, when it is loaded and in the row that says what to do."""
+    package = tmp_path / "kdmos"
+    (package / "ops").mkdir(parents=True)
+    (package / "_C.so").touch()
+    if content:
+        (package / "_cuda.so").write_text(content)
+    monkeypatch.setattr(native, "__file__", str(package / "ops/native.py"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if content == "of another build":
+        monkeypatch.setattr(native, "registered", lambda key: {"add_rows", "mlp_max"} if key == "CPU" else set())
+        monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    devices, why_not = native._load()
+    assert devices == {"cpu"}
+    assert re.fullmatch(reason, why_not), why_not
+    monkeypatch.setattr(native, "DEVICES", devices)
+    monkeypatch.setattr(native, "WHY_NOT", why_not)
+    row = doctor._native(torch)
+    assert row.state == "note" and why_not in row.found and "nvcc" in row.todo
