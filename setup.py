@@ -86,11 +86,24 @@ class BuildNative(build_ext):
         say(f"built the native CPU ops ({extension.extra_compile_args[0]})")
         self.build_cuda(extension.include_dirs, jobs)
 
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable or in-place build. One that an earlier build left there is not of these sources."""
+        super().copy_extensions_to_source()
+        target, beside = self.cuda_target(), ROOT / "kdmos" / "_cuda.so"
+        beside.unlink(missing_ok=True)
+        if target.exists():
+            shutil.copy2(target, beside)
+
+    def cuda_target(self) -> Path:
+        return Path(self.build_lib) / "kdmos" / "_cuda.so"
+
     def build_cuda(self, includes: list[str], jobs: int) -> None:
         mode, nvcc = os.environ.get("KDMOS_CUDA", "auto"), find_nvcc()
         if mode not in ("auto", "on", "off"):
             raise SystemExit(f"KDMOS_CUDA must be auto, on or off, got {mode!r}")
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        target = self.cuda_target()
+        target.unlink(missing_ok=True)
         if mode == "off":
             return say("no CUDA ops: KDMOS_CUDA=off")
         if nvcc is None:
@@ -101,7 +114,6 @@ class BuildNative(build_ext):
 
         if mode == "auto" and torch.version.cuda is None:
             return say("no CUDA ops: this torch is a CPU build (KDMOS_CUDA=on builds them all the same)")
-        target = Path(self.get_ext_fullpath("kdmos._cuda")).with_name("_cuda.so")
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = Path(self.build_temp) / "cuda"
         objects.mkdir(parents=True, exist_ok=True)

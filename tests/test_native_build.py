@@ -71,6 +71,38 @@ def test_the_cuda_library_names_what_it_needs(built):
     assert asked - there == known
 
 
+@pytest.fixture
+def small_build(tmp_path):
+    """small_build(code, op, *options) -> a finished build with the C compiler in the place of nvcc.
+
+    code: What it compiles, whatever the source. op: That the source names; "" for none.
+    """
+    compiler = tmp_path / "bin/nvcc"
+    compiler.parent.mkdir()
+    leave = shutil.ignore_patterns("cpu", "cuda")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=leave)
+    (tmp_path / "csrc/cuda").mkdir()
+    (tmp_path / "kdmos").mkdir()
+    shutil.copy(ROOT / "kdmos/__init__.py", tmp_path / "kdmos")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+
+    def build(code, op, *options, cuda="on"):
+        compiler.write_text(f"""#!{sys.executable}
+import subprocess, sys
+arguments = [a for a in sys.argv[1:] if a not in ("-cudart", "static")]
+out = arguments[arguments.index("-o") + 1]
+command = ["cc", "-x", "c", "-fPIC", "-c", "-", "-o", out] if "-c" in arguments else ["cc", *arguments]
+sys.exit(subprocess.run(command, input={code!r}, text=True).returncode)
+""")
+        compiler.chmod(0o755)
+        (tmp_path / "csrc/cuda/op.cu").write_text(f'm.impl("{op}", op);' if op else "")
+        environment = os.environ | {"KDMOS_CUDA": cuda, "CUDA_HOME": str(tmp_path)}
+        command = [sys.executable, "setup.py", "build_ext", *options]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return build
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -82,30 +114,21 @@ def test_the_cuda_library_names_what_it_needs(built):
         ),
     ],
 )
-def test_a_library_that_cannot_be_used_fails_the_build(code, message, tmp_path):
-    """With the linker's words. In the place of nvcc the C compiler, whatever the source."""
-    compiler = tmp_path / "bin/nvcc"
-    compiler.parent.mkdir()
-    compiler.write_text(f"""#!{sys.executable}
-import subprocess, sys
-arguments = [a for a in sys.argv[1:] if a not in ("-cudart", "static")]
-out = arguments[arguments.index("-o") + 1]
-command = ["cc", "-x", "c", "-fPIC", "-c", "-", "-o", out] if "-c" in arguments else ["cc", *arguments]
-sys.exit(subprocess.run(command, input={code!r}, text=True).returncode)
-""")
-    compiler.chmod(0o755)
-    leave = shutil.ignore_patterns("cpu", "cuda")
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=leave)
-    (tmp_path / "csrc/cuda").mkdir()
-    (tmp_path / "csrc/cuda/op.cu").write_text('m.impl("wdcd_loss", op);')
-    (tmp_path / "kdmos").mkdir()
-    shutil.copy(ROOT / "kdmos/__init__.py", tmp_path / "kdmos")
-    shutil.copy(ROOT / "setup.py", tmp_path)
-    environment = os.environ | {"KDMOS_CUDA": "on", "CUDA_HOME": str(tmp_path)}
-    command = [sys.executable, "setup.py", "build_ext", "--build-temp", "temp", "--build-lib", "lib"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+def test_a_library_that_cannot_be_used_fails_the_build(code, message, small_build):
+    """With the linker's words."""
+    done = small_build(code, "wdcd_loss", "--build-temp", "temp", "--build-lib", "lib")
     assert done.returncode != 0
     assert message in done.stderr, done.stderr
+
+
+def test_a_build_in_place_takes_the_cuda_library_along(small_build, tmp_path):
+    """And leaves none of an earlier build there."""
+    done = small_build("void op(void) {}", "", "--inplace")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kdmos/_cuda.so").exists()
+    done = small_build("void op(void) {}", "", "--inplace", "--force", cuda="off")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "kdmos").glob("_C.*")) and not (tmp_path / "kdmos/_cuda.so").exists()
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
