@@ -46,12 +46,13 @@ def products(tf32: bool) -> Iterator[None]:
     if torch.version.cuda is None:
         yield
         return
-    places = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [place.allow_tf32 for place in places]
+    # torch's newer settings, one for each kind of product: reading the older ones fails where a program used these
+    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
     try:
         for place in places:
-            place.allow_tf32 = tf32
+            place.fp32_precision = "tf32" if tf32 else "ieee"
         yield
     finally:
         for place, was in zip(places, before):
-            place.allow_tf32 = was
+            place.fp32_precision = was

@@ -62,7 +62,7 @@ def test_float32_is_float32_whatever_torch_is_told():
     student = build_student("kdmos", grid=GRID).eval().cuda()
     with products(tf32=True):
         logits = FastStudent(student)(*batch("cuda")).point_logits
-        assert torch.backends.cudnn.allow_tf32  # as it was
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # as it was
     assert torch.equal(logits, FastStudent(student)(*batch("cuda")).point_logits)
     rounded = FastStudent(student, "tf32")(*batch("cuda")).point_logits
     assert not torch.equal(logits, rounded)
