@@ -179,8 +179,8 @@ class FoldedDecoderLevel(nn.Module):
     def upsample(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return self.up(x.float()).to(self.dtype)
-        # the start is added in float32: half precision cannot tell sub-pixels apart
-        offset = F.conv2d(x, self.weight).float() + self.bias[:, None, None]
+        # the start is added in float32, the bias's type: half precision cannot tell sub-pixels apart
+        offset = F.conv2d(x, self.weight) + self.bias[:, None, None]
         return self.dysample(x, offset, self.up.scale, self.up.groups, self.up.circular)
 
     def forward(self, x: Tensor, skip: Tensor, distance: Tensor | None = None) -> Tensor:
