@@ -1,5 +1,8 @@
 """What a precision means, on whatever this machine has."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -30,3 +33,39 @@ def test_products_are_as_said_and_as_before_after_an_error(tf32):
         assert told() == (tf32, tf32)
         raise KeyError
     assert told() == before
+
+
+TOLD = """
+import torch
+from kdmos.precision import products
+
+conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+{told}
+told = lambda: (conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision, matmul.fp32_precision)
+is_tf32 = lambda: {{conv.fp32_precision == "tf32", matmul.fp32_precision == "tf32"}}
+before = told()
+for tf32 in (False, True):
+    with products(tf32):
+        assert is_tf32() == {{tf32}}, told()
+        with products(not tf32):
+            assert is_tf32() == {{not tf32}}, told()
+        assert is_tf32() == {{tf32}}, told()
+    assert told() == before, (told(), before)
+"""
+
+
+@cuda_build
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cudnn.fp32_precision = 'tf32'",
+        "conv.fp32_precision = 'ieee'",
+        "matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_products_are_as_said_however_torch_was_told_before(told):
+    done = subprocess.run([sys.executable, "-c", TOLD.format(told=told)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
