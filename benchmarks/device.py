@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import io
 import os
 import shutil
@@ -42,7 +43,6 @@ MODEL_TESTS = (
     "tests/models/test_student_on_gpu.py tests/models/test_teacher_on_gpu.py tests/test_stream_on_gpu.py "
     "tests/models/test_fast.py tests/test_precision.py"
 )
-MODEL_TESTS += " tests/test_stream_on_gpu.py"
 
 
 class Stage(NamedTuple):
@@ -90,6 +90,9 @@ PLAN: dict[str, tuple[int, tuple[Stage, ...]]] = {
         ),
     ),
 }
+# Where a CUDA toolkit has its programs, if they are not on the PATH: nvcc, compute-sanitizer, ncu.
+TOOLS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/usr/local/cuda-*/bin")
+TOOLS += ("/opt/nvidia/nsight-compute/*", "/usr/local/cuda-*/nsight-compute-*")
 PACKING = 8  # seconds kept for the last packing
 LEAST = 4  # seconds: with less a stage is not begun
 GRACE = 5  # seconds from asking a command to end until it is ended
@@ -249,7 +252,7 @@ def run_call(
 
 
 def prepared_environment(pack_folder: Path) -> dict[str, str]:
-    """What the stages see: the packed packages, which are unpacked here, the packed data, and the commit."""
+    """What the stages see: the packed packages, which are unpacked here, the packed data, CUDA's tools, the commit."""
     environment = dict(os.environ)
     site = ROOT / "runs" / "gpu-site"
     for wheel in sorted((pack_folder / "wheels").glob("*.whl")):
@@ -260,6 +263,8 @@ def prepared_environment(pack_folder: Path) -> dict[str, str]:
             print(f"{wheel.name}: not unpacked: {error}", flush=True)
     path = [str(ROOT), str(site), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+    tools = [folder for pattern in TOOLS for folder in sorted(glob.glob(pattern), reverse=True)]
+    environment["PATH"] = os.pathsep.join([environment.get("PATH", os.defpath), *tools])
     environment.setdefault("KDMOS_SHARED", str(pack_folder))
     named = pack_folder / "commit.txt"
     if "KDMOS_COMMIT" not in environment and named.exists():

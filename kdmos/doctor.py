@@ -139,6 +139,13 @@ def _native(torch) -> Finding:
     found += f"compiler {built['compiler']}"
     if torch.version.cuda and "cuda" not in native.DEVICES:
         return Finding("native ops", "note", f"{found}; {native.WHY_NOT}", f"install the CUDA toolkit (nvcc), {again}")
+    if "cuda" in native.DEVICES and torch.cuda.is_available():
+        try:
+            torch.ops.kdmos.sort_by_cell(torch.zeros(1, dtype=torch.int64, device="cuda"), 1)[0].tolist()
+        except Exception as error:  # built for other GPUs, above all
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            todo = "install kdmos again on this machine, with pip's --no-build-isolation"
+            return Finding("native ops", "broken", f"{found}; the CUDA ops do not run ({reason})", todo)
     return Finding("native ops", "ok", found)
 
 

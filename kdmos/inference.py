@@ -58,7 +58,8 @@ class WayIn:
         else:
             with np.errstate(over="ignore"):  # what does not fit into float32 is not finite
                 scan = np.asarray(points, np.float32)
-            if not scan.flags.writeable or any(step < 0 for step in scan.strides):  # torch shares no such array
+            whole = all(step >= 0 and step % scan.itemsize == 0 for step in scan.strides)
+            if not whole or not scan.flags.writeable:  # torch shares no such array
                 scan = scan.copy()
             scan = torch.from_numpy(scan)
         if len(scan) == 0:

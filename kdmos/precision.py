@@ -46,13 +46,28 @@ def products(tf32: bool) -> Iterator[None]:
     if torch.version.cuda is None:
         yield
         return
-    # torch's newer settings, one for each kind of product: reading the older ones fails where a program used these
-    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [place.fp32_precision for place in places]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    with _allowed(cudnn, cudnn.conv, tf32), _allowed(matmul, matmul, tf32):
+        yield
+
+
+@contextmanager
+def _allowed(place, op, tf32: bool) -> Iterator[None]:
+    """torch has two ways to say it: `allow_tf32` of a place, and a precision of each op, which inherits what is said of
+    all ops. Who was told by the second one alone answers no question by the first."""
+    precision = op.fp32_precision
     try:
-        for place in places:
-            place.fp32_precision = "tf32" if tf32 else "ieee"
+        before = place.allow_tf32
+    except RuntimeError:
+        before = None
+    try:
+        if before is not None:
+            place.allow_tf32 = tf32
+        if (op.fp32_precision == "tf32") != tf32:
+            op.fp32_precision = "tf32" if tf32 else "ieee"
         yield
     finally:
-        for place, was in zip(places, before):
-            place.fp32_precision = was
+        if before is not None:
+            place.allow_tf32 = before
+        if op.fp32_precision != precision:
+            op.fp32_precision = precision

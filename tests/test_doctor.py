@@ -109,6 +109,15 @@ def test_gpus(monkeypatch):
     assert "CUDA build" in doctor._gpu(machine(None)).todo
 
 
+@pytest.mark.skipif(not native.BUILT or torch.cuda.is_available(), reason="no native ops, or a GPU that runs them")
+def test_cuda_ops_that_load_and_do_not_run(monkeypatch):
+    monkeypatch.setattr(native, "DEVICES", frozenset({"cpu", "cuda"}))
+    assert by_name(doctor.examine())["native ops"].state == "ok"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    row = doctor._native(torch)
+    assert row.state == "broken" and "the CUDA ops do not run (" in row.found and "install" in row.todo
+
+
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "yet"))
     row = doctor._cache()

@@ -31,44 +31,42 @@ def told():
 def test_products_are_as_said_and_as_before_after_an_error(tf32):
     before = told()
     with pytest.raises(KeyError), products(tf32):
-        assert told() == ("tf32" if tf32 else "ieee",) * 2
+        assert [said == "tf32" for said in told()] == [tf32, tf32]
         raise KeyError
     assert told() == before
 
 
-@cuda_build
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "backends.cudnn.allow_tf32 = False",
-        "backends.cudnn.allow_tf32 = True",
-        "backends.cuda.matmul.allow_tf32 = True",
-        "set_float32_matmul_precision('high')",
-        "backends.fp32_precision = 'tf32'",
-        "backends.cudnn.conv.fp32_precision = 'ieee'",
-        "backends.cuda.matmul.fp32_precision = 'tf32'",
-    ],
-)
-def test_whatever_a_program_told_torch_before(setting):
-    """By its older settings, whose mixture with the newer ones torch refuses to read, or by these."""
-    program = f"""
+TOLD = """
 import torch
 from kdmos.precision import products
 
-def told():
-    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-
-def older():
-    try:
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:
-        return None
-
-torch.{setting}
-before = told(), older()
-with products(tf32=False):
-    assert told() == ("ieee", "ieee"), told()
-assert (told(), older()) == before, (told(), older(), before)
+conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+{told}
+told = lambda: (conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision, matmul.fp32_precision)
+is_tf32 = lambda: {{conv.fp32_precision == "tf32", matmul.fp32_precision == "tf32"}}
+before = told()
+for tf32 in (False, True):
+    with products(tf32):
+        assert is_tf32() == {{tf32}}, told()
+        with products(not tf32):
+            assert is_tf32() == {{not tf32}}, told()
+        assert is_tf32() == {{tf32}}, told()
+    assert told() == before, (told(), before)
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+
+
+@cuda_build
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cudnn.fp32_precision = 'tf32'",
+        "conv.fp32_precision = 'ieee'",
+        "matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_products_are_as_said_however_torch_was_told_before(told):
+    done = subprocess.run([sys.executable, "-c", TOLD.format(told=told)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -308,7 +308,12 @@ def test_the_callers_arrays_are_copied(sequence, one_thread):
 def test_tensors_and_doubles_are_taken_too(sequence, one_thread):
     points = sequence.read_points(0)
     expected = now().push(points, np.eye(4)).moving_probability
+    packed = np.ndarray(points.shape, np.float32, bytearray(18 * len(points)), strides=(18, 4))  # as in ROS messages
+    packed[:] = points
     for form in (
+        packed,
+        np.frombuffer(points.tobytes(), np.float32).reshape(points.shape),  # read-only
+        points[::-1].copy()[::-1],
         torch.from_numpy(points),
         points.astype(np.float64),
         points[::1].astype(">f4"),

@@ -13,6 +13,7 @@ namespace kdmos {
 namespace {
 
 constexpr int kThreads = 256;  // enough to hide the search of some blocks behind the stores of others
+constexpr int kBlocks = 4;     // of a multiprocessor, at least: no registers spilled
 constexpr int kPlaces = 256;   // of a block: 16 kB of 32 channels in bfloat16, and some hundred blocks an image
 
 // How many of the ascending cells [0, M) lie before `place`: a whole warp asks 32 of them at a time, 3 or 4 times.
@@ -30,7 +31,7 @@ __device__ int64_t count_before(const int64_t* __restrict__ cells, int64_t M, in
 
 // A block is (vectors of a row, rows); more vectors than threads are walked over.
 template <class S, class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     cells_to_image_kernel(const S* __restrict__ values, const int64_t* __restrict__ cells,
                           const float* __restrict__ factor, const float* __restrict__ background, const ImageSizes n,
                           T* __restrict__ image) {

@@ -69,6 +69,16 @@ def test_a_stage_that_hangs_is_ended_with_all_it_began(tmp_path, monkeypatch):
     assert not mark.exists()
 
 
+def test_tools_beside_the_path_are_found_after_those_on_it(tmp_path, monkeypatch):
+    for version in (2024, 2025):
+        (tmp_path / f"ncu-{version}").mkdir()
+    monkeypatch.setattr(device, "TOOLS", (f"{tmp_path}/ncu-*", f"{tmp_path}/none"))
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "/bin")
+    path = device.prepared_environment(tmp_path / "pack")["PATH"]
+    assert path.split(":") == ["/bin", f"{tmp_path}/ncu-2025", f"{tmp_path}/ncu-2024"]
+
+
 def test_everything_is_packed_after_every_stage(tmp_path):
     seen = [Stage(f"number {i}", 20, 1, f"cat {tmp_path}/out/summary-A.txt 2>/dev/null; true") for i in range(3)]
     out = run(tmp_path, seen)[2]
