@@ -54,7 +54,6 @@ class WayIn:
         many of the others have a remission below 0 or above `most`."""
         if isinstance(points, torch.Tensor):
             scan = points.detach().to(torch.float32)
-            scan = scan if scan.device in (self.device, torch.device("cpu")) else scan.to(self.device)
         else:
             with np.errstate(over="ignore"):  # what does not fit into float32 is not finite
                 scan = np.asarray(points, np.float32)
@@ -67,7 +66,8 @@ class WayIn:
         if scan.stride(1) != 1:
             scan = scan.contiguous()
         if self.device.type != "cuda" or scan.is_cuda:
-            out = scan.new_empty(scan.shape)
+            scan = scan.to(self.device)
+            out = torch.empty(scan.shape, device=scan.device)
             return out, *ops.copy_scan(scan, out, most).tolist()
         if self._pinned is None or len(self._pinned) < len(scan):
             self._pinned, self._copied = torch.empty(len(scan), 4, pin_memory=True), torch.cuda.Event()
@@ -82,8 +82,7 @@ class WayIn:
 class WayOut:
     """Labels on their way from the device: one pass from logits to what a result holds."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self._pinned: tuple[torch.Tensor, torch.Tensor] | None = None  # what the GPU writes to, by itself
 
     def decide(self, logits: torch.Tensor, moving: int, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +93,7 @@ class WayOut:
             raw: The label of each class.
         """
         size = len(logits)
-        if self.device.type != "cuda":
+        if not logits.is_cuda:
             labels, probability = torch.empty(size, dtype=torch.uint32), torch.empty(size)
             ops.label_points(logits, moving, raw.tolist(), labels, probability)
             return labels.numpy(), probability.numpy()
@@ -103,7 +102,7 @@ class WayOut:
             self._pinned = tuple(made)
         labels, probability = (tensor[:size] for tensor in self._pinned)
         ops.label_points(logits, moving, raw.tolist(), labels, probability)
-        torch.cuda.current_stream(self.device).synchronize()
+        torch.cuda.current_stream(logits.device).synchronize()
         return labels.numpy().copy(), probability.numpy().copy()  # the next scan overwrites them
 
 

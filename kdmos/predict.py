@@ -66,7 +66,7 @@ def predict_sequence(
     Yields: (frame, result or error).
     Raises: InputError if the poses are missing or wrong.
     """
-    way_out, classes = WayOut(torch.device(device)), np.arange(len(model.classes))
+    way_out, classes = WayOut(), np.arange(len(model.classes))
     for frame, scan in sequence_logits(model, sequence, device, skip, profile):
         if not isinstance(scan, ScanLogits):
             yield frame, scan

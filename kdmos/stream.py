@@ -123,7 +123,7 @@ class MosStream:
         self._raw = to_raw(class_indices, self.model.classes, classes, self.model.moving)
         self._unused = to_raw(np.array([-1]), self.model.classes, classes, self.model.moving)
         self.classes, self.timed = classes, timed
-        self._way_in, self._way_out = WayIn(self.device), WayOut(self.device)
+        self._way_in, self._way_out = WayIn(self.device), WayOut()
         self.smoothing = BayesFilter(smoothing) if smoothing else None
         self.profile = sensor if sensor is None or isinstance(sensor, SensorProfile) else load_profile(sensor)
         self.reset()

@@ -69,7 +69,7 @@ def test_labels_are_those_of_the_student_on_the_whole_sequence(data, tmp_path, m
         path = output / "sequences" / "00" / "predictions" / f"{frame:06d}.score"
         found = fast(points, torch.tensor([0, len(points)]), residual).point_logits
         torch.testing.assert_close(found, logits)
-        _, probability = WayOut(torch.device("cpu")).decide(found, 3, np.arange(4))
+        _, probability = WayOut().decide(found, 3, np.arange(4))
         np.testing.assert_array_equal(np.fromfile(path, np.float16), probability.astype(np.float16))
         np.testing.assert_allclose(probability, found.softmax(1)[:, 3], rtol=1e-5, atol=1e-7)
     with zipfile.ZipFile(tmp_path / "out.zip") as archive:
