@@ -204,7 +204,7 @@ def test_unknown_key_with_a_suggestion(key, match, write):
         ("optimizer=3", "optimizer: .*got 3"),
         ("augment.rotate=sometimes", r"augment\.rotate: .*valid boolean.* got 'sometimes'"),
         ("augment.translation=-0.1", r"augment\.translation: .*greater than or equal to 0"),
-        ("precision=fp16", "precision: .*'32-true', 'bf16-mixed' or '16-mixed', got 'fp16'"),
+        ("precision=fp16", "precision: .*'32-true', 'tf32', 'bf16-mixed' or '16-mixed', got 'fp16'"),
         ("accelerator=tpu", "accelerator: .*got 'tpu'"),
         ("devices=many", "devices.*got 'many'"),
         ("class_weights=[1, a]", r"class_weights\.1: .*got 'a'"),

@@ -180,7 +180,7 @@ def test_voting_is_that_of_the_options_and_is_written_down(data, checkpoint, tmp
 
 
 def test_headers_tell_precisions_apart(data, checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("kdmos.models.fast._cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr("kdmos.precision._cpu_computes_in", lambda dtype: True)
     command = [data, "--checkpoint", checkpoint, "--output", tmp_path / "logits"]
     assert run(*command, "--precision", "bfloat16") == 0
     (sequence,) = find_sequences(data)

@@ -436,7 +436,7 @@ def test_training_under_autocast():
 
 @torch.no_grad()
 def test_the_precision_is_that_of_inference(monkeypatch):
-    monkeypatch.setattr("kdmos.models.fast._cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr("kdmos.precision._cpu_computes_in", lambda dtype: True)
     assert prepared(small_teacher(), "bfloat16").dtype == torch.bfloat16
     assert prepared(small_teacher()).dtype == torch.float32
     with pytest.raises(InputError, match="--precision int8"):
