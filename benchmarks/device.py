@@ -1,4 +1,4 @@
-"""The staged run on a machine with a GPU that is lent for minutes: what is there, is it right, how fast, and training.
+"""The staged run on a machine whose GPU is at hand for minutes: what is there, is it right, how fast, and training.
 
     python3 -m benchmarks.device [--call A|B]        # make gpu; without --call both in turn
 

@@ -38,7 +38,7 @@ def append(name: str, row: dict, device: str = "cpu") -> Path:
     """Append a row to <name>.csv in benchmarks/results, after date, commit, torch version and device.
 
     $KDMOS_RESULTS names another folder. There a file with other columns is left alone, and <name>-2.csv taken: a run
-    on a lent machine must not end for it.
+    on a machine that is at hand for minutes must not end for it.
     Raises: ValueError if the file in benchmarks/results has other columns.
     """
     where = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An environment like that of the lent machine (Python 3.12, a CUDA build of torch 2.11, no pydantic), without its GPU.
+# An environment like that of a GPU machine (Python 3.12, a CUDA build of torch 2.11, no pydantic), without its GPU.
 #   benchmarks/twin.sh build       the environment, and the native ops for sm_90 built in it: $KEEP/native
 #   benchmarks/twin.sh rehearse    both calls of benchmarks/device.py there, in a copy of the checkout with gpu_pack/:
 #                                  every stage must end well, or for want of a GPU

@@ -1,4 +1,4 @@
-"""The staged run for a lent GPU: its driver on made-up stages, and what its stages compute from what they read."""
+"""The staged run on a GPU machine: its driver on made-up stages, and what its stages compute from what they read."""
 
 import csv
 import itertools
