@@ -88,9 +88,6 @@ def look() -> int:
     tools = (("nvidia-smi",), *((name, "--version") for name in ("nvcc", "ncu", "compute-sanitizer", "g++")))
     for command in (*tools, ("free", "-g"), ("df", "-h", str(ROOT), "/dev/shm", "/tmp"), ("lscpu",)):
         print(f"--- {' '.join(command)}\n{said_by(*command)}")
-    print(
-        f"--- memory\n{said_by('free', '-g')}\n{said_by('df', '-h', str(ROOT), '/dev/shm', '/tmp')}\n{said_by('lscpu')}"
-    )
     if missing:
         return found(f"missing: {', '.join(missing)}", 1)
     if not has_gpu():

@@ -22,7 +22,7 @@ from kdmos.models import SHIPPED, Rule, Student, Teacher
 from kdmos.models.fast import FastStudent, GraphedStudent
 from kdmos.motion import MotionStream, pose_jump
 from kdmos.ops import native
-from kdmos.precision import PRECISIONS, TF32, usable_precision
+from kdmos.precision import PRECISIONS, usable_precision, uses_tf32
 
 
 class ScanLogits(NamedTuple):
@@ -118,7 +118,8 @@ def prepared(model: Student | Rule | Teacher, precision: str = "float32") -> Fas
         form = GraphedStudent if weight.is_cuda and native.serves(weight) else FastStudent
         return form(model, precision)
     if isinstance(model, Teacher):
-        model.dtype, model.tf32 = usable_precision(precision, model.seg_head.weight.device), precision == TF32
+        device = model.seg_head.weight.device
+        model.dtype, model.tf32 = usable_precision(precision, device), uses_tf32(precision, device)
     return model
 
 

@@ -29,6 +29,16 @@ def usable_precision(name: str, device: torch.device | str) -> torch.dtype:
     return dtype if able else torch.float32
 
 
+def uses_tf32(name: str, device: torch.device | str) -> bool:
+    """Whether a precision means TF32 on this device."""
+    return name == TF32 and torch.device(device).type == "cuda"
+
+
+def precision_of(model: torch.nn.Module) -> str:
+    """The precision that a model computes in, as `PRECISIONS` names it."""
+    return TF32 if getattr(model, "tf32", False) else str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
+
+
 def _cpu_computes_in(name: str) -> bool:
     flags = {
         "bfloat16": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),

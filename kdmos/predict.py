@@ -28,6 +28,7 @@ from kdmos.inference import Model, ScanLogits, WayOut, choose_device, fingerprin
 from kdmos.models import SHIPPED, Rule, load_model
 from kdmos.motion import warn_of_incomplete
 from kdmos.odometry import Odometry, odometry_poses, poses_path, saved_poses, write_poses
+from kdmos.precision import precision_of
 
 CARD = "kdmos/weights/synthetic.md"
 
@@ -163,7 +164,7 @@ def made_with(model: Model, checkpoint: str | Path, source: str | Path, classes:
         "classes": classes,
         "input": settings.reads,
         "lookahead": settings.lookahead,
-        "precision": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
+        "precision": precision_of(model),
         **{key: value for key, value in more.items() if value},
     }
 

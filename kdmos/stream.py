@@ -85,7 +85,7 @@ class MosStream:
     Args:
         checkpoint: A file or name as for `load_model`, or a model in eval mode.
         device: "auto", "cpu", "cuda" ...; where window and network are. A model given as such stays where it is.
-        precision: "float32", "bfloat16" or "float16".
+        precision: "float32", "tf32", "bfloat16" or "float16", see `kdmos.precision`.
         lookahead, form: What the caller counts on; refused unless the checkpoint was trained so.
         classes: 2 gives 9 and 251; 4 also 250 for movable.
         smoothing: Scans over which the moving probability is fused, see `BayesFilter`; 0: not at all.

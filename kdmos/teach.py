@@ -27,6 +27,7 @@ from kdmos.inference import Model, ScanLogits, asked_sequences, choose_device, f
 from kdmos.models import Rule, Teacher, load_model
 from kdmos.models.teacher import Voting
 from kdmos.motion import warn_of_incomplete
+from kdmos.precision import precision_of
 from kdmos.settings import StudentSettings, TeacherSettings
 
 WINDOW = "window"  # the one entry of a file's settings that is of the scan and not of the teacher
@@ -50,8 +51,8 @@ def teacher_settings(model: Model, checkpoint: str | Path) -> dict:
     del settings["name"]
     if isinstance(model, Teacher):
         settings["voting"] = asdict(model.voting)
-    if getattr(model, "dtype", torch.float32) != torch.float32:
-        settings["precision"] = str(model.dtype).removeprefix("torch.")
+    if precision_of(model) != "float32":
+        settings["precision"] = precision_of(model)
     return json.loads(json.dumps({"checkpoint": fingerprint(checkpoint), **settings}))  # lists, as read back
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from kdmos.precision import products, usable_precision
+from kdmos.precision import precision_of, products, usable_precision, uses_tf32
 
 cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
 
@@ -15,6 +15,17 @@ def test_tf32_is_float32_on_a_cpu():
     with pytest.warns(UserWarning, match="tf32 is not computed natively on this cpu; staying in float32"):
         assert usable_precision("tf32", "cpu") == torch.float32
     assert usable_precision("tf32", "cuda") == usable_precision("float32", "cuda") == torch.float32
+
+
+def test_what_a_model_computes_in():
+    """TF32 is told from float32: predictions of one are not continued with the other."""
+    model = torch.nn.Identity()
+    assert precision_of(model) == "float32"  # the rule has no type
+    model.dtype, model.tf32 = usable_precision("tf32", "cuda"), uses_tf32("tf32", "cuda")
+    assert precision_of(model) == "tf32"
+    model.dtype, model.tf32 = torch.bfloat16, uses_tf32("bfloat16", "cuda")
+    assert precision_of(model) == "bfloat16"
+    assert not uses_tf32("tf32", "cpu")  # where it is float32
 
 
 def test_products_without_a_gpu_change_nothing():

@@ -15,7 +15,7 @@ from kdmos.models.blocks import CoAttention, ConvBlock, DySample
 from kdmos.models.student import DecoderLevel, Encoder, Student, StudentOutput
 from kdmos.ops import native
 from kdmos.ops.mlp_max import linear_relu
-from kdmos.precision import TF32, products, usable_precision
+from kdmos.precision import products, usable_precision, uses_tf32
 from kdmos.settings import PolarGrid
 
 REACH = 2  # cells: what a level's two 3x3 convolutions see beyond their input
@@ -206,7 +206,7 @@ class FastStudent(nn.Module):
         super().__init__()
         self.settings, self.header = student.settings, student.header
         self.dtype = dtype = usable_precision(precision, student.head.weight.device)
-        self.tf32 = precision == TF32
+        self.tf32 = uses_tf32(precision, student.head.weight.device)
         with torch.no_grad():
             self._fold(copy.deepcopy(student), dtype)
         self.requires_grad_(False).eval()
