@@ -58,6 +58,7 @@ class AugmentConfig(Strict):
     rotate: bool = True  # yaw, uniform over the full turn
     flip: bool = True  # x and y, each with probability 1/2
     translation: NotNegative = 0.1  # metres, standard deviation per axis
+    remission: Share = 0.0  # of the scans that get another one: gain, gamma, patches; see `draw_remission`
 
 
 class DistillConfig(Strict):

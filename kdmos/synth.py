@@ -20,11 +20,12 @@ from kdmos.checkpoint import write_atomic
 from kdmos.command import Bar, run
 from kdmos.data.semantic_kitti import POINT_BYTES, read_labels
 from kdmos.data.synthetic.lidar import SensorSettings, load_sensor
+from kdmos.data.synthetic.scenes import SCENES
 from kdmos.data.synthetic.sequence import SyntheticSequence, Track
 from kdmos.errors import InputError
 
 MANIFEST = "synth.json"  # what a data set was made with
-VERSION = 3  # of the streets: another one makes other data from the same seed
+VERSION = 4  # of the streets: another one makes other data from the same seed
 FINISHED = ("poses.txt", "calib.txt", "times.txt", "tracks.csv")  # of a sequence, beside its scans
 CHUNK = 20  # scans that one process makes of a sequence at a time: a street takes as long to build as a scan to cast
 # Camera 0 looks ahead, its x axis to the right and its y axis down, where the sensor is.
@@ -35,20 +36,23 @@ CAMERA_FROM_LIDAR = np.array([[0.0, -1.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0], [1.0
 class SynthSettings:
     """A data set.
 
-    sequences: How many, named from 00. scans: In each. compensate: Points in the frame of their scan's time, as in
-    KITTI odometry, or each in the frame it was measured in. drift: Errors of the poses, see
-    `SyntheticSequence.poses`; the scans do not depend on it.
+    sensor: None: another one for each sequence. sequences: How many, named from 00. scans: In each. compensate: Points
+    in the frame of their scan's time, as in KITTI odometry, or each in the frame it was measured in; None: drawn for
+    each sequence. drift, jitter: Errors of the poses, see `SyntheticSequence.poses`; the scans do not depend on them.
+    scene: What the streets are drawn from, a name of `SCENES`.
     """
 
-    sensor: SensorSettings
+    sensor: SensorSettings | None
     seed: int = 0
     sequences: int = 4
     scans: int = 100
-    compensate: bool = True
+    compensate: bool | None = True
     drift: float = 0.0
+    jitter: float = 0.0
+    scene: str = "street"
 
     def sequence(self, number: int) -> SyntheticSequence:
-        return SyntheticSequence(self.seed, number, self.scans, self.sensor, self.compensate)
+        return SyntheticSequence(self.seed, number, self.scans, self.sensor, self.compensate, SCENES[self.scene])
 
 
 @lru_cache(maxsize=1)  # the street of a long sequence takes longer than a scan
@@ -105,7 +109,7 @@ def _make_scans(task: tuple[Path, SynthSettings, int, list[int]]) -> int:
 def _finish(output: Path, settings: SynthSettings, number: int) -> None:
     """Poses, calibration, times and tracks of a sequence whose scans are there."""
     sequence, folder = _sequence(settings, number), _folder(output, number)
-    camera = CAMERA_FROM_LIDAR @ sequence.poses(settings.drift) @ np.linalg.inv(CAMERA_FROM_LIDAR)
+    camera = CAMERA_FROM_LIDAR @ sequence.poses(settings.drift, settings.jitter) @ np.linalg.inv(CAMERA_FROM_LIDAR)
     write_atomic(folder / "poses.txt", "".join(_row(pose) for pose in camera).encode())
     names = [*(f"P{i}" for i in range(4)), "Tr"]  # the projections belong to no camera and are the identity
     matrices = [np.eye(4)] * 4 + [CAMERA_FROM_LIDAR]
@@ -164,9 +168,20 @@ def synth(
         bool,
         typer.Option("--compensate/--raw", help="Points in the frame of their scan's time, or as they were measured."),
     ] = True,
+    drawn: Annotated[
+        bool,
+        typer.Option(
+            "--drawn",
+            help="Draw each street's sensor, whether it is compensated or raw, and its poses' errors.",
+        ),
+    ] = False,
     drift: Annotated[
         float, typer.Option(min=0, help="Errors of the poses: 1 is 1 cm and 0.05 degrees after a metre.")
     ] = 0.0,
+    jitter: Annotated[
+        float, typer.Option(min=0, help="Errors of each pose by itself: 1 is 1 cm and 0.05 degrees.")
+    ] = 0.0,
+    scene: Annotated[str, typer.Option(help=f"What the streets are like: {', '.join(SCENES)}.")] = "street",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
 ) -> None:
     """Make LiDAR sequences of made-up streets, labelled, in the layout of SemanticKITTI.
@@ -174,7 +189,10 @@ def synth(
     Besides what SemanticKITTI has, each sequence has tracks.csv: class, position, speed and number of points of all
     that moves, scan by scan.
     """
-    settings = SynthSettings(load_sensor(sensor), seed, sequences, scans, compensate, drift)
+    if scene not in SCENES:
+        raise InputError(f"--scene {scene}: the scenes are {', '.join(SCENES)}")
+    kind = (None, None) if drawn else (load_sensor(sensor), compensate)
+    settings = SynthSettings(kind[0], seed, sequences, scans, kind[1], drift, jitter, scene)
     made = synthesize(output, settings, workers, progress=True)
     print(f"{output}: {sequences} sequences of {scans} scans, {made} of them made now")
 

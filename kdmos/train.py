@@ -25,7 +25,7 @@ from kdmos.card import write_card
 from kdmos.checkpoint import write_atomic
 from kdmos.command import fail, run
 from kdmos.config import Config, RunConfig, TeacherConfig, dump_config, load_config
-from kdmos.data.augment import apply_transforms, draw_transform
+from kdmos.data.augment import apply_transforms, change_remission, draw_remission, draw_transform
 from kdmos.data.batch import PackedBatch
 from kdmos.data.dataset import EpochOrder, MosDataset, ResumableLoader, WindowDataset, step_seed
 from kdmos.data.labels import IGNORE
@@ -318,7 +318,9 @@ class Training(ModelTraining):
         transforms = [
             draw_transform(seed, epoch, scan, augment.rotate, augment.flip, augment.translation) for scan in batch.scans
         ]
+        changes = [draw_remission(seed, epoch, scan, augment.remission) for scan in batch.scans]
         points = apply_transforms(batch.points, batch.offsets, np.stack(transforms))
+        points = change_remission(points, batch.offsets, changes)
         return self.total(self.losses(self.student(points, batch.offsets, batch.residual), batch), batch, batch_index)
 
     def validation_step(self, batch: PackedBatch, batch_index: int) -> None:

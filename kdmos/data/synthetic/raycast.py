@@ -31,6 +31,7 @@ class Solid:
     low, high: corners of a box around it, metres.
     material: what it is made of, an index that the sensor understands.
     fill: share of filled cells, 1 is opaque.
+    shade: factor on the remission of its material.
     """
 
     planes: np.ndarray | None
@@ -39,6 +40,7 @@ class Solid:
     high: tuple[float, float, float]
     material: int = 0
     fill: float = 1.0
+    shade: float = 1.0
 
 
 def polyhedron(planes, low, high, material: int = 0, fill: float = 1.0) -> Solid:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kdmos.data.synthetic.lidar import MATERIAL_INDEX as M
@@ -15,54 +17,124 @@ def _wheels(length: float, width: float, radius: float) -> list[Solid]:
     return [box((x - radius, y - 0.1, 0.0), (x + radius, y + 0.1, 2 * radius), M["rubber"]) for x, y in places]
 
 
-def car(rng: Generator) -> list[Solid]:
-    length, width, height = rng.uniform(3.7, 4.8), rng.uniform(1.65, 1.85), rng.uniform(1.4, 1.6)
-    belt, rear, front, side = rng.uniform(0.78, 0.92), -length / 2, length / 2, width / 2
-    tail = rng.uniform(0.15, 0.7)  # hatchback to saloon
-    window = (rear + tail + 0.3, front - 1.9, 0.2 - side, side - 0.2)
+def _panels(solids: list[Solid], rng: Generator) -> list[Solid]:
+    """Painted solids, each with a shade of its own: one side of a vehicle answers unlike another, or not at all."""
+    colour = np.exp(rng.uniform(np.log(0.12), np.log(1.7)))
     return [
-        frustum(
-            (rear, front, -side, side), (rear + 0.05, front - 0.2, 0.05 - side, side - 0.05), (0.22, belt), M["paint"]
-        ),
-        frustum((rear + tail, front - 1.05, 0.06 - side, side - 0.06), window, (belt, height - 0.05), M["glass"]),
-        box((window[0], window[2], height - 0.05), (window[1], window[3], height), M["paint"]),
-        *_wheels(length, width, 0.31),
+        replace(solid, shade=colour * rng.uniform(0.6, 1.3)) if solid.material in (M["paint"], M["plaster"]) else solid
+        for solid in solids
     ]
+
+
+def _plates_and_mirrors(length: float, width: float, height: float) -> list[Solid]:
+    """Number plates, lights and wing mirrors of a vehicle whose mirrors are at `height`."""
+    end, side, front = length / 2, width / 2, length / 2 - 1.5
+    plates = [box((x - 0.02, -0.26, 0.45), (x + 0.02, 0.26, 0.57), M["sign"]) for x in (-end, end)]
+    mirrors = [box((front, y - 0.1, height), (front + 0.12, y + 0.1, height + 0.16), M["paint"]) for y in (-side, side)]
+    return plates + mirrors
+
+
+def car(rng: Generator) -> list[Solid]:
+    """Windows let two rays in three through, to seats and to what is behind."""
+    length, width, height = rng.uniform(3.7, 4.9), rng.uniform(1.65, 1.9), rng.uniform(1.4, 1.75)
+    belt, rear, front, side = rng.uniform(0.78, 0.95), -length / 2, length / 2, width / 2
+    tail = rng.uniform(0.0, 0.7)  # estate to saloon
+    window = (rear + tail + 0.3, front - rng.uniform(1.7, 2.1), 0.2 - side, side - 0.2)
+    waist, bonnet = rear + rng.uniform(0.3, 0.6) * length, front - rng.uniform(0.8, 1.2)
+    body = [  # boot and rear doors, front doors, bonnet
+        frustum((rear, waist, -side, side), (rear + 0.05, waist, 0.05 - side, side - 0.05), (0.22, belt), M["paint"]),
+        frustum((waist, bonnet, -side, side), (waist, bonnet, 0.05 - side, side - 0.05), (0.22, belt), M["paint"]),
+        frustum(
+            (bonnet, front, -side, side), (bonnet, front - 0.25, 0.1 - side, side - 0.1), (0.22, belt - 0.1), M["paint"]
+        ),
+        box((window[0], window[2], height - 0.05), (window[1], window[3], height), M["paint"]),
+    ]
+    seats = [box((x, -0.6, 0.5), (x + 0.2, 0.6, 1.15), M["cloth"]) for x in (-0.15 * length, 0.08 * length)]
+    low = (rear + tail, front - 1.05, 0.06 - side, side - 0.06)
+    glass = frustum(low, window, (belt, height - 0.05), M["glass"], rng.choice([0.35, 1.0], p=[0.8, 0.2]))
+    wheels = _wheels(length, width, 0.31)
+    return _panels([*body, glass, *seats, *wheels, *_plates_and_mirrors(length, width, belt)], rng)
 
 
 def van(rng: Generator) -> list[Solid]:
-    length, width, height = rng.uniform(4.7, 6.0), rng.uniform(1.85, 2.05), rng.uniform(1.9, 2.6)
+    length, width, height = rng.uniform(4.6, 6.2), rng.uniform(1.8, 2.1), rng.uniform(1.8, 2.7)
     rear, front, side = -length / 2, length / 2, width / 2
-    return [
-        frustum(
-            (rear, front - 0.7, -side, side),
-            (rear + 0.05, front - 1.5, 0.1 - side, side - 0.1),
-            (0.9, height),
-            M["paint"],
-        ),
-        frustum((rear, front, -side, side), (rear, front - 0.3, -side, side), (0.25, 0.9), M["paint"]),
-        *_wheels(length, width, 0.34),
+    belt, cab = rng.uniform(0.9, 1.15), front - rng.uniform(1.2, 1.6)
+    back = cab - rng.uniform(0.3, 0.6) * length
+    glazed = rng.random() < 0.4  # a minibus, else a panel van
+
+    def body(x0: float, x1: float, z0: float, z1: float, lean: float) -> Solid:
+        return frustum((x0, x1, -side, side), (x0, x1, lean - side, side - lean), (z0, z1), M["paint"])
+
+    upper = (belt, height - 0.2)
+    high = [
+        frustum((start, end, 0.02 - side, side - 0.02), (start, end, 0.08 - side, side - 0.08), upper, M["glass"], 0.4)
+        if glazed
+        else body(start, end, *upper, 0.06)
+        for start, end in ((rear, back), (back, cab))
     ]
+    solids = [
+        *(body(start, end, 0.25, belt, 0.0) for start, end in ((rear, back), (back, cab), (cab, front))),
+        *high,
+        box((rear, 0.1 - side, height - 0.2), (cab, side - 0.1, height), M["paint"]),
+        frustum(
+            (cab, front - 0.6, 0.05 - side, side - 0.05),
+            (cab, cab + 0.2, 0.1 - side, side - 0.1),
+            upper,
+            M["glass"],
+            0.4,
+        ),
+        box((cab - 0.9, -0.7, 0.6), (cab - 0.6, 0.7, 1.5), M["cloth"]),
+        *_wheels(length, width, 0.34),
+        *_plates_and_mirrors(length, width + 0.1, belt + 0.1),
+    ]
+    return _panels(solids, rng)
 
 
 def truck(rng: Generator) -> list[Solid]:
-    length, height = rng.uniform(7.0, 10.0), rng.uniform(3.0, 3.8)
-    rear, front = -length / 2, length / 2
-    return [
-        box((rear, -1.25, 0.9), (front - 2.3, 1.25, height), M["plaster"]),
-        box((front - 2.0, -1.2, 0.5), (front, 1.2, rng.uniform(2.5, 3.0)), M["paint"]),
-        *_wheels(length, 2.4, 0.48),
+    """A box on wheels behind a cab; one in three with an open bed."""
+    length, height = rng.uniform(6.0, 11.0), rng.uniform(2.6, 3.8)
+    rear, front, top = -length / 2, length / 2, rng.uniform(2.3, 3.0)
+    middle = (rear + front - 2.3) / 2
+    if rng.random() < 0.33:
+        bed = [box((rear, -1.2, 0.9), (front - 2.3, 1.2, 1.1), M["wood"])]
+        bed += [box((rear, y - 0.04, 1.1), (front - 2.3, y + 0.04, 1.7), M["paint"]) for y in (-1.2, 1.2)]
+        bed.append(box((middle - 1.2, -0.9, 1.1), (middle + 1.0, 0.8, rng.uniform(1.4, 2.4)), M["wood"]))
+    else:
+        bed = [
+            box((start, -1.25, 0.9), (end, 1.25, height), M["plaster"])
+            for start, end in ((rear, middle), (middle, front - 2.3))
+        ]
+    cab = [
+        box((front - 2.0, -1.2, 0.5), (front, 1.2, 1.5), M["paint"]),
+        box((front - 2.0, -1.15, 1.5), (front - 0.1, 1.15, top - 0.3), M["glass"], 0.5),
+        box((front - 2.0, -1.2, top - 0.3), (front, 1.2, top), M["paint"]),
+        box((rear, -0.4, 0.5), (front - 2.0, 0.4, 0.9), M["metal"]),
     ]
+    return _panels([*bed, *cab, *_wheels(length, 2.4, 0.48), *_plates_and_mirrors(length, 2.5, 1.8)], rng)
+
+
+def trailer(rng: Generator) -> list[Solid]:
+    """One that was left at the roadside, its bar on the ground."""
+    length, width, height = rng.uniform(1.8, 4.5), rng.uniform(1.2, 2.2), rng.uniform(0.8, 2.4)
+    half, side = length / 2, width / 2
+    wheels = [box((-0.3, y - 0.1, 0.0), (0.3, y + 0.1, 0.6), M["rubber"]) for y in (-side, side)]
+    bar = box((half, -0.05, 0.2), (half + 1.0, 0.05, 0.35), M["metal"])
+    return _panels([box((-half, -side, 0.45), (half, side, 0.45 + height), M["paint"]), bar, *wheels], rng)
 
 
 def bus(rng: Generator) -> list[Solid]:
     half = rng.uniform(5.0, 6.0)
-    return [
-        box((-half, -1.25, 0.35), (half, 1.25, 1.1), M["paint"]),
-        box((-half, -1.25, 1.1), (half, 1.25, 2.3), M["glass"]),
+    solids = [
+        box((-half, -1.25, 0.35), (0.0, 1.25, 1.1), M["paint"]),
+        box((0.0, -1.25, 0.35), (half, 1.25, 1.1), M["paint"]),
+        box((-half, -1.25, 1.1), (half, 1.25, 2.3), M["glass"], 0.6),
         box((-half, -1.25, 2.3), (half, 1.25, 3.1), M["paint"]),
+        *(box((x, -0.9, 0.9), (x + 0.2, 0.9, 1.7), M["cloth"]) for x in np.arange(1.5 - half, half - 1.0, 2.5)),
         *_wheels(2 * half, 2.4, 0.48),
+        *_plates_and_mirrors(2 * half, 2.6, 1.9),
     ]
+    return _panels(solids, rng)
 
 
 def person(rng: Generator):
@@ -193,6 +265,25 @@ def barrier(length: float, rng: Generator) -> tuple[list[Solid], int]:
         return [box((-half, -0.04, 0.0), (half, 0.04, rng.uniform(0.9, 1.8)), M["wood"], rng.uniform(0.3, 0.9))], 51
     wide = rng.uniform(0.25, 0.6)
     return [box((-half, -wide, 0.0), (half, wide, rng.uniform(0.8, 2.2)), M["leaves"], 0.9)], 70
+
+
+def sapling(rng: Generator) -> list[Solid]:
+    """A young tree or a sparse shrub: some twigs in the air."""
+    wide, high = rng.uniform(0.3, 1.2), rng.uniform(0.8, 3.0)
+    crown = ellipsoid((0, 0, 0.6 * high), (wide, wide, 0.5 * high), material=M["leaves"], fill=rng.uniform(0.04, 0.2))
+    return [prism(0.02, (0.0, high), sides=4, material=M["bark"]), crown]
+
+
+def weeds(rng: Generator) -> list[Solid]:
+    """A strip of tall grass along x."""
+    half, wide = rng.uniform(0.5, 3.0), rng.uniform(0.1, 0.5)
+    return [box((-half, -wide, 0.0), (half, wide, rng.uniform(0.2, 0.9)), M["grass"], rng.uniform(0.05, 0.4))]
+
+
+def posts(rng: Generator) -> list[Solid]:
+    """A row of thin posts along x."""
+    spacing, high = rng.uniform(0.5, 2.0), rng.uniform(0.6, 1.4)
+    return [prism(0.03, (0.0, high), (x, 0.0), 5, M["metal"]) for x in np.arange(rng.integers(2, 7)) * spacing]
 
 
 def lamp(rng: Generator) -> list[Solid]:

@@ -5,26 +5,37 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kdmos.data.synthetic.lidar import GHOST, MIXED, SENSORS, Lidar, SensorSettings, Surface, load_sensor
+from kdmos.data.synthetic.lidar import (
+    FAINT,
+    GHOST,
+    MIXED,
+    SENSORS,
+    Lidar,
+    SensorSettings,
+    Surface,
+    draw_sensor,
+    load_sensor,
+)
 from kdmos.data.synthetic.raycast import Hits
 from kdmos.errors import InputError
 
 SILENT = SensorSettings(
     beams=((2.0, -20.0, 40),), columns=1000, vehicle=None, range_noise=0, beam_bias=0, beam_wobble=0, resolution=0,
-    dropout=0, reach=1e6, dark=0, mixed_pixels=0, ghosts=0,
+    dropout=0, reach=1e6, beam_gain=0, dark=0, faintest=0, mixed_pixels=0, ghosts=0,
 )  # fmt: skip
 SHAPE = (40, 1000)
 
 
-def measure(settings, distance=20.0, cosine=1.0, remission=0.3, roughness=0.0, lost=0.0, seed=0):
+def measure(settings, distance=20.0, cosine=1.0, remission=0.3, roughness=0.0, lost=0.0, gloss=0.0, solid=0, seed=0):
     """A turn that meets the same surface everywhere, or arrays of [B, A]."""
     lidar = Lidar(settings, np.random.default_rng(1))
 
     def full(value):
         return np.broadcast_to(np.asarray(value, np.float32), SHAPE).copy()
 
-    hits = Hits(full(distance), np.zeros(SHAPE, np.int32), full(cosine))
-    return lidar.measure(hits, Surface(full(remission), full(roughness), full(lost)), np.random.default_rng(seed))
+    hits = Hits(full(distance), np.broadcast_to(np.int32(solid), SHAPE).copy(), full(cosine))
+    surface = Surface(*map(full, (remission, roughness, lost, gloss)))
+    return lidar.measure(hits, surface, np.random.default_rng(seed))
 
 
 def share(mask):
@@ -67,7 +78,7 @@ def test_returns_fall_off_with_range_incidence_and_remission():
     assert abs(share(measure(settings, 80, remission=0.4).range) - 0.5) < 0.01  # four times as bright, twice as far
     assert abs(share(measure(settings, 40, 0.25, remission=0.4).range) - 0.5) < 0.01  # or as much aslant
     shares = [share(measure(settings, distance, remission=0.1).range) for distance in (10, 30, 50, 100)]
-    assert shares[0] > 0.99 and shares == sorted(shares, reverse=True) and shares[-1] < 0.05
+    assert shares[0] > 0.99 and shares == sorted(shares, reverse=True) and shares[-1] < 0.001
     assert share(measure(settings, remission=0.0).range) == 0
 
 
@@ -99,11 +110,51 @@ def test_remission_falls_with_incidence_only():
     np.testing.assert_allclose(near, np.round(near * 100) / 100, atol=1e-6)
 
 
+def test_a_glossy_surface_answers_squarely():
+    square, aslant = (measure(SILENT, 5, cosine, 0.4, gloss=0.5).remission.mean() for cosine in (1.0, 0.5))
+    assert abs(square - 0.4 * (0.5 + 0.5 * 2)) < 0.01 and abs(aslant - 0.4 * (0.5 * 0.775 + 0.5 * 2 / 64)) < 0.01
+
+
 def test_remission_is_lost_where_the_echo_is_faint():
     faint = replace(SILENT, reach=20.0)  # an echo of 10 at 20 m
-    assert abs(share(measure(replace(SILENT, dark=0.1), remission=1.0).remission == 0) - 0.1) < 0.01
-    zeros = [share((seen := measure(faint, at, remission=1.0)).remission[seen.range > 0] == 0) for at in (5, 20, 40)]
-    np.testing.assert_allclose(zeros, [1 / (1 + 16**2), 0.5, 1 - 1 / (1 + 4**2)], atol=0.02)
+    at_border = 20 * np.sqrt(10 / FAINT)
+    distances = (0.5 * at_border, at_border, 1.2 * at_border)
+    zeros = [share((seen := measure(faint, at, remission=1.0)).remission[seen.range > 0] == 0) for at in distances]
+    np.testing.assert_allclose(zeros, [0, 0.5, 1 - 1 / (1 + 1.2**16)], atol=0.02)
+
+
+def test_dark_solids_have_no_remission():
+    """Of all their points, in every scan; the ground is never dark."""
+    solid = np.repeat(np.arange(-2, 998), 40).reshape(SHAPE)
+    seen = [measure(replace(SILENT, dark=0.1), 5, solid=solid, seed=seed).remission == 0 for seed in (1, 2)]
+    np.testing.assert_array_equal(*seen)
+    dark = np.bincount(solid.ravel() + 2, seen[0].ravel()) / 40
+    assert set(dark) == {0, 1} and not dark[:2].any() and abs(dark.mean() - 0.1) < 0.03
+
+
+def test_gain_gamma_and_sensors_without_remission():
+    assert abs(measure(replace(SILENT, remission_gain=0.5), remission=0.6).remission.mean() - 0.3) < 0.01
+    assert abs(measure(replace(SILENT, remission_gamma=2.0), remission=0.6).remission.mean() - 0.36) < 0.02
+    assert not measure(replace(SILENT, has_remission=False)).remission.any()
+    assert not measure(replace(SILENT, faintest=0.3), remission=0.15).remission.any()
+
+
+def test_field_of_view():
+    seen = measure(replace(SILENT, field_of_view=(-60.0, 30.0))).range.any(0)
+    degrees = (np.arange(1000) / 1000 - 0.5) * 360
+    np.testing.assert_array_equal(seen, (degrees >= -60) & (degrees <= 30))
+    with pytest.raises(ValueError, match="field_of_view: expected -180 <= from < to <= 180"):
+        replace(SILENT, field_of_view=(30.0, -60.0))
+
+
+def test_drawn_sensors_differ_and_are_sensors():
+    drawn = [draw_sensor(np.random.default_rng(seed)) for seed in range(200)]
+    assert len(set(drawn)) == 200 and drawn[3] == draw_sensor(np.random.default_rng(3))
+    beams = [len(sensor.elevations_of_blocks()) for sensor in drawn]
+    assert set(beams) == {32, 40, 64, 128} and 0.03 < np.mean([not sensor.has_remission for sensor in drawn]) < 0.2
+    heights = np.array([sensor.height for sensor in drawn])
+    assert heights.min() < 1.2 and heights.max() > 2.4 and 1.6 < np.median(heights) < 2.1
+    assert max(beam * sensor.columns for beam, sensor in zip(beams, drawn)) < 150_000
 
 
 def test_the_vehicle_hides_what_is_behind():
@@ -114,7 +165,7 @@ def test_the_vehicle_hides_what_is_behind():
     np.testing.assert_array_equal(lidar.hidden[:, ahead], lidar.elevation < limit)
     returned = lidar.measure(
         Hits(np.full(SHAPE, 9.0, np.float32), np.zeros(SHAPE, int), np.ones(SHAPE, np.float32)),
-        Surface(*np.full((3, *SHAPE), [[[0.5]], [[0]], [[0]]], np.float32)),
+        Surface(*np.full((4, *SHAPE), [[[0.5]], [[0]], [[0]], [[0]]], np.float32)),
         np.random.default_rng(0),
     )
     np.testing.assert_array_equal(returned.range > 0, ~lidar.hidden)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kdmos.data.synthetic.ground import Ground, Road
 from kdmos.data.synthetic.lidar import Lidar, SensorSettings
 from kdmos.data.synthetic.raycast import (
     GROUND,
@@ -19,7 +20,6 @@ from kdmos.data.synthetic.raycast import (
     polyhedron,
     prism,
 )
-from kdmos.data.synthetic.street import Ground, Road
 
 SENSOR = SensorSettings(beams=((15.0, -40.0, 24),), columns=180, max_range=60.0, beam_wobble=0.0, vehicle=None)
 GAP = 1e-3  # metres and unit vectors: how near to an edge float32 may decide either way

@@ -1,6 +1,7 @@
 """Who moves through a street, where, how fast and how labelled; over many seeds."""
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,16 +9,10 @@ import pytest
 
 from kdmos.data.labels import to_classes
 from kdmos.data.synthetic import shapes
-from kdmos.data.synthetic.street import (
-    HEADROOM,
-    KINDS,
-    MARGIN,
-    MOVING_DISTANCE,
-    STEP,
-    Mover,
-    Street,
-    make_street,
-)
+from kdmos.data.synthetic.scenes import SCENES, StreetSettings
+from kdmos.data.synthetic.street import Street, make_street
+from kdmos.data.synthetic.things import HEADROOM
+from kdmos.data.synthetic.traffic import KINDS, MARGIN, MOVING_DISTANCE, STEP, Mover
 
 NAMES = ("unlabeled", "static", "movable", "moving")
 DURATION, SEEDS = 4.0, 24
@@ -77,11 +72,12 @@ def test_nobody_runs_into_anything(streets):
     assert Counter(pair for street in streets for pair in meetings(street)) == {}
 
 
-def test_speeds_are_those_of_their_kind(streets):
-    stopped = 0
-    for street in streets:
+def test_speeds_are_those_of_their_kind():
+    """But for acts, which set a pace of their own."""
+    stopped, settings = 0, replace(StreetSettings(), acts=(), traffic=(0.6, 1.6))
+    for street in (make_street(np.random.default_rng(seed), DURATION, settings) for seed in range(12)):
         for mover in street.movers:
-            slowest, fastest = KINDS[mover.kind][-1]
+            slowest, fastest = KINDS[mover.kind].speed
             speed = np.diff(mover.travelled) / STEP
             assert speed.min() > -1e-9 and slowest <= speed.max() + 1e-9 and speed.max() < fastest + 1e-9
             assert np.abs(np.diff(speed)).max() < 2.5 * STEP + 1e-6  # m/s^2
@@ -172,7 +168,7 @@ def test_gait_follows_the_way(streets):
 
 def test_what_stands_where(streets):
     raw = Counter(thing.label for street in streets for thing in street.things)
-    assert {10, 20, 30, 11, 15, 50, 51, 52, 70, 71, 80, 81, 99} == set(raw)
+    assert {10, 18, 20, 30, 11, 15, 50, 51, 52, 70, 71, 80, 81, 99} == set(raw)
     for street in streets:
         numbers = [one.instance for one in (*street.things, *street.movers)]
         assert numbers == list(range(1, len(numbers) + 1))
@@ -196,6 +192,102 @@ def test_surface_of_the_ground(streets):
         raised = street.ground.raised(x.ravel(), y.ravel()) > 0
         np.testing.assert_array_equal(raised, np.isin(label, (48, 49, 72)))
     assert found == {40, 44, 48, 49, 60, 72}
+
+
+# --- scenes
+
+
+def some(scene, count=4):
+    return [make_street(np.random.default_rng([7, seed]), DURATION, SCENES[scene]) for seed in range(count)]
+
+
+def ahead_and_aside(street, xy, step):
+    """Of places [n, 2] in the vehicle's frame at a step."""
+    yaw = street.ego_yaw[step]
+    away = np.asarray(xy) - street.ego_xy[step]
+    return away @ [np.cos(yaw), np.sin(yaw)], away @ [-np.sin(yaw), np.cos(yaw)]
+
+
+def speeds_of(mover):
+    return np.diff(mover.travelled) / STEP
+
+
+def of_traffic(street):
+    """Its movers, more than one circle's size of them: no persons."""
+    return [mover for mover in street.movers if mover.kind != "person"]
+
+
+def test_no_scene_lets_anybody_run_into_anything():
+    for scene in SCENES:
+        assert Counter(pair for street in some(scene, 1) for pair in meetings(street)) == {}, scene
+
+
+def test_parked_vehicles_are_passed_closely():
+    for street in some("parked"):
+        xy = [thing.body.position[:2] for thing in street.things if thing.label in (10, 18, 20)]
+        aside = np.concatenate([ahead_and_aside(street, xy, step) for step in range(50, 250, 10)], 1)
+        right = -aside[1][(np.abs(aside[0]) < 3) & (aside[1] < 0) & (aside[1] > -8)]
+        assert len(right) > 5 and 1.8 < np.median(right) < 4.6
+        assert 1.7 < np.linalg.norm(np.diff(street.ego_xy, axis=0), axis=1).max() / STEP < 16
+
+
+def test_queues_stand_start_and_arrive():
+    found = Counter()
+    for street in some("queue", 10):
+        ends = [(speeds_of(m)[0], speeds_of(m)[-1]) for m in of_traffic(street)]
+        found["stands"] += sum(first == last == 0 for first, last in ends) > 1
+        found["starts"] += sum(first == 0 < last for first, last in ends) > 1
+        found["arrives"] += sum(first > 0 == last for first, last in ends) > 1
+    assert min(found[how] for how in ("stands", "starts", "arrives")) > 0, found
+
+
+def test_the_vehicle_stands():
+    assert all(np.ptp(street.ego_xy, axis=0).max() == 0 for street in some("ego_stands"))
+
+
+def test_slow_movers_are_slow():
+    speeds = [speeds_of(mover).max() for street in some("slow") for mover in street.movers]
+    assert len(speeds) > 10 and min(speeds) >= 0.3 and max(speeds) <= 1.0
+
+
+def test_some_stop_and_go():
+    stopped = [speeds_of(m).min() == 0 < speeds_of(m).max() for street in some("stop_and_go") for m in street.movers]
+    assert len(stopped) > 10 and np.mean(stopped) > 0.3
+
+
+def test_overtaking():
+    """Somebody comes from behind and is ahead at the end, or the other way round."""
+    changes = []
+    for street in some("overtaking"):
+        for mover in of_traffic(street):
+            first, _ = ahead_and_aside(street, mover.xy[:1], 0)
+            last, _ = ahead_and_aside(street, mover.xy[-1:], -1)
+            same_way = abs(np.angle(np.exp(1j * (mover.yaw[60] - street.ego_yaw[60])))) < 0.3
+            changes.append(same_way and first[0] * last[0] < 0)
+    assert sum(changes) >= 3
+
+
+def test_a_truck_comes_close():
+    nearest = [
+        min(np.linalg.norm(m.xy - street.ego_xy, axis=1).min() for m in street.movers if m.kind in ("truck", "bus"))
+        for street in some("truck_close")
+        if any(m.kind in ("truck", "bus") for m in street.movers)
+    ]
+    assert len(nearest) >= 3 and np.median(nearest) < 5
+
+
+def test_persons_cross_from_behind_parked_cars():
+    across = 0
+    for street in some("crossing", 6):
+        for mover in street.movers:
+            along = np.abs(np.cos(mover.yaw[60] - street.ego_yaw[60]))
+            ahead, _ = ahead_and_aside(street, mover.xy, 60)
+            across += mover.kind == "person" and along < 0.3 and bool((np.abs(ahead) < 40).any())
+    assert across >= 4
+
+
+def test_nothing_moves():
+    assert not any(street.movers for street in some("nothing"))
 
 
 def test_same_generator_same_street(streets):
