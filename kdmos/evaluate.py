@@ -34,6 +34,7 @@ from kdmos.data.semantic_kitti import (
 )
 from kdmos.errors import InputError
 from kdmos.motion import MotionStream, moving_by_rule
+from kdmos.objects import ObjectTally
 from kdmos.odometry import saved_poses
 from kdmos.picture import bev_picture, need_matplotlib
 from kdmos.report import (
@@ -44,6 +45,7 @@ from kdmos.report import (
     build_report,
     circumstances,
     curve_charts,
+    plain,
     scan_picture,
     score_blocks,
     training_curves,
@@ -144,17 +146,32 @@ def _missing_frames(sequence: Sequence, labelled: list[int], predictions: str | 
 # --- the counting
 
 
+class Truth(NamedTuple):
+    """What is known of a scan: raw labels uint32 [n], indices into `NAMES` [n] and `RANGES` [n], points [n, 4]."""
+
+    labels: np.ndarray
+    classes: np.ndarray
+    ring: np.ndarray
+    points: np.ndarray
+
+
 class Tally:
-    """Confusion tables of one sequence, int64 [ranges, 4, 4], rows truth; and how many scans they are of."""
+    """Counts of one sequence; those of several add up.
+
+    tables: Confusion tables, int64 [ranges, 4, 4], rows truth.
+    objects: Of moving objects, found and false.
+    """
 
     def __init__(self) -> None:
         self.tables = np.zeros((len(RANGES), len(NAMES), len(NAMES)), np.int64)
-        self.scans = 0
+        self.objects = ObjectTally()
 
-    def add(self, truth: np.ndarray, predicted: np.ndarray, ring: np.ndarray) -> None:
-        self.scans += 1
-        for i, table in enumerate(self.tables):
-            table += metrics.confusion(truth[ring == i], predicted[ring == i], len(NAMES))
+    def add(self, truth: Truth, predicted: np.ndarray) -> None:
+        first = truth.ring.astype(np.uint8) * np.uint8(len(NAMES))  # each ring has classes of its own: one pass for all
+        table = metrics.confusion(first + truth.classes, first + predicted, len(RANGES) * len(NAMES))
+        every = np.arange(len(RANGES))
+        self.tables += table.reshape(len(RANGES), len(NAMES), len(RANGES), len(NAMES))[every, :, every]
+        self.objects.add(truth.labels, predicted == MOVING, truth.points)
 
     def unlabeled_is_static(self) -> bool:
         """Whether these labels know no static points: only 0 and moving ones, so that 0 must mean static."""
@@ -164,10 +181,11 @@ class Tally:
     def count_unlabeled_as_static(self) -> None:
         self.tables[:, STATIC] += self.tables[:, UNLABELED]
         self.tables[:, UNLABELED] = 0
+        self.objects.count_unlabeled_as_static()
 
     def __add__(self, other: Tally) -> Tally:
         total = Tally()
-        total.tables, total.scans = self.tables + other.tables, self.scans + other.scans
+        total.tables, total.objects = self.tables + other.tables, self.objects + other.objects
         return total
 
 
@@ -189,10 +207,10 @@ def count_sequence(
     def score_rule(channels: torch.Tensor) -> None:
         scan = waiting.popleft()
         if scan is not None:
-            truth, ring, kept = scan
-            found = np.full(len(truth), STATIC)
+            truth, kept = scan
+            found = np.full(len(truth.points), STATIC)
             found[kept] = np.where(moving_by_rule(channels).numpy(), MOVING, STATIC)
-            by_rule.add(truth, found, ring)
+            by_rule.add(truth, found)
 
     # The rule sees scans that are not scored too: they belong to the windows of their neighbours.
     for index, frame in enumerate(scored.frames if poses is None else sequence.frames):
@@ -205,10 +223,11 @@ def count_sequence(
             points = np.zeros((0, 4), np.float32)  # a scan that kdmos predict could not read either, and took as empty
         for_rule, kept = profile.apply(points)
         if frame in known:
-            truth, predicted = read_scan(sequence, frame, predictions, len(points))
-            scan = truth, range_ring(points), kept
-            by_prediction.add(truth, predicted, scan[1])
-            moving = np.count_nonzero(truth == MOVING)
+            labels, classes, predicted = read_scan(sequence, frame, predictions, len(points))
+            truth = Truth(labels, classes, range_ring(points), points)
+            scan = truth, kept
+            by_prediction.add(truth, predicted)
+            moving = np.count_nonzero(classes == MOVING)
             if moving > most:
                 most, fullest = moving, frame
         if poses is not None:
@@ -224,11 +243,11 @@ def count_sequence(
 
 def read_scan(
     sequence: Sequence, frame: int, predictions: str | Path, num_points: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """True and predicted class of each point, uint8 [n], indices into `NAMES`."""
-    path, labels_path = sequence.prediction_path(predictions, frame), sequence.labels_path(frame)
-    truth = to_classes(sequence.read_labels(frame, num_points), NAMES, labels_path)
-    return truth, to_classes(read_labels(path, num_points), NAMES, path)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """True label of each point, uint32 [n], its class and the predicted one, uint8 [n], indices into `NAMES`."""
+    path, labels = sequence.prediction_path(predictions, frame), sequence.read_labels(frame, num_points)
+    truth = to_classes(labels, NAMES, sequence.labels_path(frame))
+    return labels, truth, to_classes(read_labels(path, num_points), NAMES, path)
 
 
 def range_ring(points: np.ndarray) -> np.ndarray:
@@ -273,12 +292,15 @@ def evaluate_predictions(
         progress: Say on stderr how far it is.
         allow_missing: Score the scans that have predictions where other labelled scans have none.
     Returns: JSON-able dict: `data`, `predictions`, `made_with` (what kdmos predict noted: look-ahead and so on, or
-        None), `classes`, `total`, `sequences` {name: scores}, `left_out` {name: reason}, `unlabelled_scans`
+        None), `classes`, `total`, `mean`, `sequences` {name: scores}, `left_out` {name: reason}, `unlabelled_scans`
         {name: count} and `missing_predictions` {name: count of labelled scans without one} of the scored sequences,
-        `unlabeled_is_static` [name], `pictures` [path]; with `rule` also `rule` {`motion`, `total`, `sequences`}.
+        `unlabeled_is_static` [name], `without_instances` [name], `pictures` [path]; with `rule` also `rule`
+        {`motion`, `total`, `mean`, `sequences`}. `mean` is over sequences {`moving_iou`, `low` and `high` of its 95 %
+        bootstrap interval, `sequences`: how many have a moving IoU}, None if one sequence is scored.
         Scores are `scans`, `points` (with a label), `moving_points`, `moving_iou`, `moving_precision`,
         `moving_recall`, `static_iou` (movable included), `iou` {class: IoU}, `by_range` [{`metres`, `moving_points`,
-        `moving_iou`, `moving_precision`, `moving_recall`}]; shares in 0..1, None where there is nothing to count.
+        `moving_iou`, `moving_precision`, `moving_recall`}] and those of `ObjectTally.scores`; shares in 0..1, None
+        where there is nothing to count.
     Raises: InputError naming the file or argument that cannot be used.
     """
     of_split = None if split is None else split_frames(data, split)
@@ -329,6 +351,7 @@ def evaluate_predictions(
         },
         "missing_predictions": {s.name: len(missing) for s, _, missing in scored if missing},
         "unlabeled_is_static": taken_for_static,
+        "without_instances": [name for name, tally in by_prediction.items() if tally.objects.lacks_instances()],
         "pictures": [str(path) for path in drawn],
     }
     if rule:
@@ -346,11 +369,19 @@ def _poses(data: str | Path, predictions: str | Path, sequence: Sequence, profil
 
 
 def _scores_of_all(tallies: dict[str, Tally], movable: bool) -> dict:
-    total = sum(tallies.values(), start=Tally())
+    sequences = {name: scores(tally, movable) for name, tally in tallies.items()}
     return {
-        "total": scores(total, movable),
-        "sequences": {name: scores(tally, movable) for name, tally in tallies.items()},
+        "total": scores(sum(tallies.values(), start=Tally()), movable),
+        "mean": _mean([row["moving_iou"] for row in sequences.values()]) if len(sequences) > 1 else None,
+        "sequences": sequences,
     }
+
+
+def _mean(moving_ious: list[float | None]) -> dict:
+    known = [value for value in moving_ious if value is not None]
+    low, high = metrics.bootstrap_interval(known)
+    mean = float(np.mean(known)) if known else None
+    return {"moving_iou": mean, "low": _number(low), "high": _number(high), "sequences": len(known)}
 
 
 def scores(tally: Tally, movable: bool) -> dict:
@@ -360,7 +391,7 @@ def scores(tally: Tally, movable: bool) -> dict:
     classes = {"static": STATIC, "movable": MOVABLE, "moving": MOVING}
     shares = metrics.iou(four if movable else three)
     return {
-        "scans": tally.scans,
+        "scans": tally.objects.scans,
         "points": int(four.sum()),
         **_moving_scores(four),
         "static_iou": _number(metrics.iou(three)[STATIC]),
@@ -369,6 +400,7 @@ def scores(tally: Tally, movable: bool) -> dict:
             {"metres": [low, high], **_moving_scores(metrics.ignore_truth(table, UNLABELED))}
             for low, high, table in zip(RANGES, (*RANGES[1:], None), tally.tables)
         ],
+        **tally.objects.scores(),
     }
 
 
@@ -400,7 +432,7 @@ def _number(value: float) -> float | None:
 def draw(sequence: Sequence, frame: int, predictions: str | Path, folder: str | Path) -> Path:
     """Write `<folder>/<sequence>_<frame>.png` and return its path."""
     points = sequence.read_points(frame)
-    truth, predicted = read_scan(sequence, frame, predictions, len(points))
+    _, truth, predicted = read_scan(sequence, frame, predictions, len(points))
     table = metrics.confusion(truth, predicted, len(NAMES))
     title = f"sequence {sequence.name}, scan {frame}:  moving IoU {_percent(metrics.moving_iou(table, MOVING))} %"
     path = Path(folder) / f"{sequence.name}_{frame:0{sequence.width}d}.png"
@@ -412,42 +444,53 @@ def draw(sequence: Sequence, frame: int, predictions: str | Path, folder: str | 
 
 
 def print_report(report: dict, console: Console) -> None:
-    """The scores as two tables, in percent."""
+    """The scores as tables: in all, by distance, of objects, by kind of mover."""
     sources = {"predictions": report}
     if "rule" in report:
         sources["rule"] = report["rule"]
-    several = len(report["sequences"]) > 1
-
-    table = Table(title="Moving-object segmentation, %")
-    table.add_column("sequence", overflow="fold")
-    table.add_column("of", no_wrap=True)
+    rows = [
+        (name, source, part["total"] if name is None else part["sequences"][name])
+        for name in [*report["sequences"], *([None] if len(report["sequences"]) > 1 else [])]
+        for source, part in sources.items()
+    ]
     movable = "movable" in report["classes"]
+
     headings = ["scans", "scored points", "moving points", "moving IoU", "precision", "recall"]
     headings += ["static + movable IoU", "static IoU", "movable IoU"] if movable else ["static IoU"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for name in [*report["sequences"], *(["total"] if several else [])]:
-        for source, part in sources.items():
-            row = part["total"] if name == "total" else part["sequences"][name]
-            shares = [row[key] for key in ("moving_iou", "moving_precision", "moving_recall", "static_iou")]
-            if movable:
-                apart = row["iou"] if "movable" in row["iou"] else {}  # the rule does not know movable
-                shares += [apart.get("static"), apart.get("movable")]
-            counts = (f"{row[key]:,}" for key in ("scans", "points", "moving_points"))
-            table.add_row(escape(name), source, *counts, *map(_percent, shares), style="bold" * (name == "total"))
+    table = _table("Moving-object segmentation, %", ["sequence", "of"], headings)
+    for name, source, row in rows:
+        shares = [row[key] for key in ("moving_iou", "moving_precision", "moving_recall", "static_iou")]
+        if movable:
+            apart = row["iou"] if "movable" in row["iou"] else {}  # the rule does not know movable
+            shares += [apart.get("static"), apart.get("movable")]
+        counts = (f"{row[key]:,}" for key in ("scans", "points", "moving_points"))
+        _add_row(table, name, source, *counts, *map(_percent, shares))
     console.print(table)
 
-    table = Table(title="Moving IoU by distance, %")
-    table.add_column("metres")
-    for low, high in zip(RANGES, (*RANGES[1:], None)):
-        table.add_column(f"{low}+" if high is None else f"{low}-{high}", justify="right")
-    rings = report["total"]["by_range"]
-    table.add_row("moving points", *(f"{ring['moving_points']:,}" for ring in rings))
+    headings = [f"{low}+" if high is None else f"{low}-{high}" for low, high in zip(RANGES, (*RANGES[1:], None))]
+    table = _table("Moving IoU by distance, %", ["metres"], headings)
+    table.add_row("moving points", *(f"{ring['moving_points']:,}" for ring in report["total"]["by_range"]))
     for source, part in sources.items():
         table.add_row(source, *(_percent(ring["moving_iou"]) for ring in part["total"]["by_range"]))
     console.print(table)
 
-    lines = []
+    table = _table("Moving objects", ["sequence", "of"], ["objects", "object recall, %", "false objects a scan"])
+    for name, source, row in rows:
+        false = row["false_objects_per_scan"]
+        found = f"{row['objects']:,}", _percent(row["object_recall"])
+        _add_row(table, name, source, *found, "-" if false is None else f"{false:.2f}")
+    console.print(table)
+
+    if report["total"]["by_kind"]:
+        headings = ["moving points", "recall", "objects", "object recall"]
+        table = _table("Kinds of movers, %", ["kind", "of"], headings)
+        for kinds in zip(*(part["total"]["by_kind"] for part in sources.values())):
+            for source, row in zip(sources, kinds):
+                of_points = f"{row['points']:,}", _percent(row["recall"])
+                table.add_row(row["kind"], source, *of_points, f"{row['objects']:,}", _percent(row["object_recall"]))
+        console.print(table)
+
+    lines = [_mean_in_words(report)] if report["mean"] else []
     if report["made_with"]:
         lines.append("predictions: " + ", ".join(f"{key} {value}" for key, value in report["made_with"].items()))
     lines += [f"not scored: {line}" for line in _not_scored(report)]
@@ -457,6 +500,30 @@ def print_report(report: dict, console: Console) -> None:
         lines.append(f"rule: {_rule_in_words(report)}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, names: list[str], numbers: list[str]) -> Table:
+    table = Table(title=title)
+    for i, heading in enumerate(names):
+        table.add_column(heading, overflow="fold", no_wrap=i > 0)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _add_row(table: Table, sequence: str | None, *cells: str) -> None:
+    """A row of a sequence, or, of None, of all of them."""
+    table.add_row("total" if sequence is None else escape(sequence), *cells, style="bold" * (sequence is None))
+
+
+def _mean_in_words(report: dict) -> str:
+    parts = []
+    for name, part in (("predictions", report), ("rule", report.get("rule"))):
+        if part is not None:
+            mean = part["mean"]
+            interval = f"{_percent(mean['low'])} to {_percent(mean['high'])}"
+            parts.append(f"{name} {_percent(mean['moving_iou'])} ({interval}, n = {mean['sequences']})")
+    return f"mean moving IoU of the sequences, % (95 % bootstrap interval): {'; '.join(parts)}"
 
 
 def _not_scored(report: dict) -> list[str]:
@@ -471,10 +538,14 @@ def _not_scored(report: dict) -> list[str]:
 
 
 def _notes(report: dict) -> list[str]:
-    return [
+    lines = [
         f"the labels of {name} are 0 and moving ones alone, so 0 counts as static"
         for name in report["unlabeled_is_static"]
     ]
+    if report["without_instances"]:
+        names = ", ".join(report["without_instances"])
+        lines.append(f"the labels of {names} have no instances, so their objects are not told apart")
+    return lines
 
 
 def _rule_in_words(report: dict) -> str:
@@ -502,6 +573,8 @@ def html_report(report: dict, pictures: Iterable[str | Path] = (), curves: dict 
         "moving IoU, %": total["moving_iou"],
         "precision, %": total["moving_precision"],
         "recall, %": total["moving_recall"],
+        "object recall, %": total["object_recall"],
+        "false objects a scan": plain(total["false_objects_per_scan"]),
     }
     names = list(report["sequences"])
     lead = (
@@ -509,7 +582,11 @@ def html_report(report: dict, pictures: Iterable[str | Path] = (), curves: dict 
         f"{f'{len(names)} sequences' if len(names) > 1 else f'sequence {names[0]}'}, counted as the public "
         "SemanticKITTI evaluation of moving-object segmentation counts them."
     )
-    blocks = [Figures(headline), *score_blocks(methods), *(f"Not scored: {line}." for line in _not_scored(report))]
+    blocks = [Figures(headline), *score_blocks(methods)]
+    if report["mean"]:
+        line = _mean_in_words(report)
+        blocks.append(f"{line[0].upper()}{line[1:]}.")
+    blocks += [f"Not scored: {line}." for line in _not_scored(report)]
     blocks += [f"Note: {line}." for line in _notes(report)]
     sections = [Section("Scores", blocks)]
     if charts := curve_charts(methods):

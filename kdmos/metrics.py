@@ -1,6 +1,8 @@
-"""Confusion tables and what is read off them, counted as the public SemanticKITTI MOS evaluation counts."""
+"""Confusion tables and what is read off them, as the public SemanticKITTI MOS evaluation counts; intervals of means."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -77,6 +79,32 @@ def moving_iou(confusion: np.ndarray, moving: int, ignore_index: int | None = 0)
     Returns: 0..1, nan where nothing moves and nothing was predicted to.
     """
     return float(iou(confusion if ignore_index is None else ignore_truth(confusion, ignore_index))[moving])
+
+
+def bootstrap_interval(
+    values: Iterable[float | None], confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of the values, such as one score a sequence.
+
+    Args:
+        values: None and nan are left out.
+        confidence: Share of the resampled means that lie in the interval, in 0..1, both ends excluded.
+        samples: How often as many values are drawn with replacement, >= 1.
+        seed: Of the draws; the same one gives the same interval.
+    Returns: lower and upper end; (value, value) of one value, (nan, nan) of none.
+    Raises: InputError if confidence or samples is out of range.
+    """
+    if not 0 < confidence < 1 or samples < 1:
+        raise InputError(
+            f"bootstrap_interval: expected confidence in 0..1 and samples >= 1, got {confidence} and {samples}"
+        )
+    known = np.array([value for value in values if value is not None], np.float64)
+    known = known[~np.isnan(known)]
+    if not len(known):
+        return np.nan, np.nan
+    drawn = np.random.default_rng(seed).integers(len(known), size=(samples, len(known)))
+    low, high = np.quantile(known[drawn].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -43,12 +43,21 @@ CURVES = {  # tags that `kdmos train` writes: (heading, whether a share)
 # --- what a report is made of: blocks, in sections
 
 
+class Plain(float):
+    """A cell that is no share: shown as it is, with two decimals."""
+
+
+def plain(value: float | None) -> Plain | None:
+    """A number, or None, as such a cell."""
+    return None if value is None else Plain(value)
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows under headings, the first column naming the row; columns of numbers are aligned to the right.
 
-    A cell is text, an int (a count), a float (a share in 0..1, shown in percent), None or NaN (shown as a dash), or
-    a list of such numbers, one a seed (shown as mean and standard deviation).
+    A cell is text, an int (a count), a float (a share in 0..1, shown in percent), a `Plain` number, None or NaN (shown
+    as a dash), or a list of such numbers, one a seed (shown as mean and standard deviation).
 
     caption: Stands above it.
     head: Headings, one a column.
@@ -137,11 +146,13 @@ def _listed(one_or_more) -> list:
 
 
 def score_blocks(methods: Sequence[Method]) -> list:
-    """Scores of methods on the same data: in all, by distance, per sequence where there are several; the notes."""
+    """Scores of methods on the same data: in all, by distance, by kind, per sequence of several; the notes."""
     scored = [method for method in methods if method.scores]
     if not scored:
         return []
     blocks = [score_table(scored), range_table(scored)]
+    if _kinds(scored):
+        blocks.append(kind_table(scored))
     if len(_sequence_names(scored)) > 1:
         blocks.append(sequence_table(scored))
     if any(len(_listed(method.scores)) > 1 for method in scored):
@@ -160,17 +171,40 @@ def score_table(methods: Sequence[Method], caption: str = "All scans together, %
 def sequence_table(methods: Sequence[Method], caption: str = "Each sequence, %") -> Table:
     """The same, a row a sequence and method."""
     head, picks, _ = _score_columns(methods)
+
+    def find(scores: dict, name: str) -> dict | None:
+        return scores["sequences"].get(name)
+
+    return _grouped_table(caption, "sequence", _sequence_names(methods), methods, head, picks, find)
+
+
+def kind_table(methods: Sequence[Method], caption: str = "Kinds of movers, %") -> Table:
+    """Recall of points and of objects of all sequences; a row a kind of mover and method."""
+    head = ["recall", "object recall", "objects", "moving points"]
+    picks = [lambda row, key=key: row[key] for key in ("recall", "object_recall", "objects", "points")]
+
+    def find(scores: dict, kind: str) -> dict | None:
+        return next((row for row in scores["total"]["by_kind"] if row["kind"] == kind), None)
+
+    return _grouped_table(caption, "kind", _kinds(methods), methods, head, picks, find)
+
+
+def _grouped_table(caption, first: str, names: Iterable[str], methods: Sequence[Method], head, picks, find) -> Table:
+    """A row a name and method, the latter left out where there is one; dashes where `find(scores, name)` is None."""
     rows = []
-    for name in _sequence_names(methods):
+    for name in names:
         for method in methods:
-            known = all(name in scores["sequences"] for scores in _listed(method.scores))
-            cells = [
-                method.score(lambda s, p=pick, name=name: p(s["sequences"][name])) if known else None for pick in picks
-            ]
+            known = all(find(scores, name) is not None for scores in _listed(method.scores))
+            cells = [method.score(lambda s, p=pick, name=name: p(find(s, name))) if known else None for pick in picks]
             rows.append([name, method.name, *cells])
     if len(methods) == 1:
-        return Table(caption, ["sequence", *head], [row[:1] + row[2:] for row in rows])
-    return Table(caption, ["sequence", "method", *head], rows)
+        return Table(caption, [first, *head], [row[:1] + row[2:] for row in rows])
+    return Table(caption, [first, "method", *head], rows)
+
+
+def _kinds(methods: Iterable[Method]) -> list[str]:
+    rows = (row for m in methods for scores in _listed(m.scores) for row in scores["total"]["by_kind"])
+    return list(dict.fromkeys(row["kind"] for row in rows))
 
 
 def _sequence_names(methods: Iterable[Method]) -> list[str]:
@@ -189,7 +223,10 @@ def _score_columns(methods: Iterable[Method]) -> tuple[list[str], list[Callable[
         columns["static + movable IoU"] = columns.pop("static IoU")
         columns["static IoU"] = lambda row: row["iou"]["static"] if "movable" in row["iou"] else None
         columns["movable IoU"] = lambda row: row["iou"].get("movable")
+    columns["object recall"] = lambda row: row["object_recall"]
     shares = len(columns)
+    columns["false objects a scan"] = lambda row: plain(row["false_objects_per_scan"])
+    columns["objects"] = lambda row: row["objects"]
     columns["scored points"] = lambda row: row["points"]
     columns["of them moving"] = lambda row: row["moving_points"]
     columns["scans"] = lambda row: row["scans"]
@@ -474,11 +511,14 @@ def _cell(value) -> str:
         if len(known) < 2:
             return _cell(known[0]) + f' <span class="spread">(1 of {len(value)})</span>' if known else NOTHING
         number = "{:.1f}" if isinstance(known[0], numbers.Integral) else "{:.1%}"
+        number = "{:.2f}" if isinstance(known[0], Plain) else number
         mean, spread = (number.format(f(known)).rstrip("%") for f in (statistics.fmean, statistics.stdev))
         part = f" ({len(known)} of {len(value)})" if len(known) < len(value) else ""
         return f'{mean} <span class="spread">± {spread}{part}</span>'
     if _unknown(value):
         return NOTHING
+    if isinstance(value, Plain):
+        return f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, numbers.Integral) else f"{100 * value:.1f}"
 
 

@@ -161,6 +161,88 @@ def test_equals_the_public_evaluation(tmp_path, golden):
     assert total["static_iou"] == pytest.approx(arrays["api_iou"][1], rel=1e-12)
 
 
+# --- objects, kinds of movers, the mean over sequences
+
+
+@pytest.fixture
+def objects(tmp_path):
+    """Two sequences with poses: a car and a person with instances; a car without, and something false."""
+    car, person = 1 << 16 | 252, 2 << 16 | 254
+    labels = [car] * 10 + [person] * 12 + [40] * 10
+    add_scan(tmp_path, "00", 0, labels, [251] * 5 + [9] * 22 + [251] * 5, [5] * 10 + [15] * 12 + [25] * 10)
+    add_scan(tmp_path, "00", 1, [40] * 10, [9] * 10)
+    add_scan(tmp_path, "01", 0, [252] * 10 + [40] * 10, [251] * 20, [5] * 10 + [25] * 10)
+    for name in ("00", "01"):
+        folder = tmp_path / "data/sequences" / name
+        (folder / "poses.txt").write_text(f"{IDENTITY}\n" * 2)
+        (folder / "calib.txt").write_text(f"Tr: {IDENTITY}\n")
+    return tmp_path
+
+
+def test_objects_and_kinds(objects):
+    report = score(objects, rule=True)
+    found, other = report["sequences"]["00"], report["sequences"]["01"]
+    assert (found["objects"], found["object_recall"], found["false_objects_per_scan"]) == (2, 0.5, 0)
+    assert found["by_kind"] == [
+        {"kind": "car", "points": 10, "recall": 0.5, "objects": 1, "object_recall": 1},
+        {"kind": "person", "points": 12, "recall": 0, "objects": 1, "object_recall": 0},
+    ]
+    assert (other["objects"], other["object_recall"], other["false_objects_per_scan"]) == (0, None, 1)
+    total = report["total"]
+    assert (total["objects"], total["object_recall"], total["false_objects_per_scan"]) == (2, 0.5, 1 / 3)
+    assert [(row["points"], row["recall"]) for row in total["by_kind"]] == [(20, 15 / 20), (12, 0)]
+    assert report["without_instances"] == ["01"]
+    # So few scans have no whole residual channels: the rule finds nothing, right or wrong.
+    rule = report["rule"]["total"]
+    assert (rule["objects"], rule["object_recall"], rule["false_objects_per_scan"]) == (2, 0, 0)
+    assert [(row["points"], row["recall"]) for row in rule["by_kind"]] == [(20, 0), (12, 0)]
+
+
+def test_the_mean_over_sequences(objects):
+    mean = score(objects, rule=True)["mean"]
+    one, two = 5 / (22 + 5), 10 / 20  # and the interval of two values reaches from one to the other
+    assert mean == {"moving_iou": pytest.approx((one + two) / 2), "low": one, "high": two, "sequences": 2}
+    assert score(objects, sequences=["00"])["mean"] is None
+    add_scan(objects, "02", 0, [40], [9])  # nothing moves in it
+    assert score(objects)["mean"] == mean
+    assert score(objects, sequences=["01", "02"])["mean"] == {
+        "moving_iou": 0.5,
+        "low": 0.5,
+        "high": 0.5,
+        "sequences": 1,
+    }
+    add_scan(objects, "03", 0, [40], [9])
+    nothing = {"moving_iou": None, "low": None, "high": None, "sequences": 0}
+    assert score(objects, sequences=["02", "03"])["mean"] == nothing
+
+
+def test_objects_in_words_and_on_the_page(objects, capsys):
+    options = ["--rule", "--report", objects / "page.html"]
+    assert run_main(objects / "data", objects / "predicted", *options) == 0
+    out = re.sub(r"[^\S\n]*[│┃][^\S\n]*", "|", capsys.readouterr().out)
+    for expected in (
+        "sequence|of|objects|object recall, %|false objects a scan",
+        "00|predictions|2|50.0|0.00",
+        "01|predictions|0|-|1.00",
+        "total|predictions|2|50.0|0.33",
+        "total|rule|2|0.0|0.00",
+        "car|predictions|20|75.0|1|100.0",
+        "person|rule|12|0.0|1|0.0",
+        "mean moving IoU of the sequences, % (95 % bootstrap interval): predictions 34.3 (18.5 to 50.0, n = 2); "
+        "rule 0.0 (0.0 to 0.0, n = 2)\n",
+        "note: the labels of 01 have no instances, so their objects are not told apart\n",
+    ):
+        assert expected in out
+    page = (objects / "page.html").read_text()
+    for expected in ("Mean moving IoU of the sequences", "predictions 34.3 (18.5 to 50.0", "01 have no instances"):
+        assert expected in page
+    assert "<dt>false objects a scan</dt><dd>0.33</dd>" in page and "Kinds of movers, %" in page
+
+    assert run_main(objects / "data", objects / "predicted", "--sequences", "00") == 0
+    out = capsys.readouterr().out
+    assert "mean moving IoU" not in out and "instances" not in out
+
+
 # --- which sequences
 
 
@@ -330,6 +412,12 @@ def test_real_scans_perfect_predictions_and_the_rule(perfect):
     total = report["total"]
     assert (total["scans"], total["moving_points"]) == (16, 28606)
     assert total["moving_iou"] == total["moving_precision"] == total["moving_recall"] == total["static_iou"] == 1
+    assert (total["objects"], total["object_recall"], total["false_objects_per_scan"]) == (38, 1, 0)
+    assert {row["kind"]: (row["points"], row["objects"]) for row in total["by_kind"]} == {
+        "car": (14203, 16),
+        "cyclist": (12758, 16),
+        "person": (1645, 6),
+    }
 
     # The rule as it is without streaming, scan by scan.
     scans = [sequence.read_points(frame) for frame in sequence.frames]
@@ -500,6 +588,11 @@ def test_labels_that_know_no_static_points(tmp_path, capsys):
     assert report["sequences"]["02"]["moving_iou"] == pytest.approx(1 / 2)
     assert report["sequences"]["03"]["moving_iou"] == 1
     assert report["sequences"]["04"]["points"] == 0
+    add_scan(tmp_path, "02", 1, [0] * 10 + [251] * 10, [251] * 20, [5] * 10 + [25] * 10)
+    add_scan(tmp_path, "03", 1, [0] * 10 + [251] * 10, [251] * 20, [5] * 10 + [25] * 10)
+    report = score(tmp_path)
+    assert [report["sequences"][name]["false_objects_per_scan"] for name in ("02", "03", "04")] == [0.5, 0, 0]
+    assert report["without_instances"] == ["02", "03"]
     assert run_main(tmp_path / "data", tmp_path / "predicted", "--report", tmp_path / "page.html") == 0
     assert "note: the labels of 02 are 0 and moving ones alone, so 0 counts as static" in capsys.readouterr().out
     assert "the labels of 02 are 0 and moving ones alone" in (tmp_path / "page.html").read_text()

@@ -122,3 +122,34 @@ def test_movable_as_a_class_or_as_static_gives_one_moving_iou(authors):
     merged = np.array([0, 1, 1, 2])
     three = metrics.confusion(merged[truth], merged[predicted], 3)
     assert metrics.moving_iou(four, 3) == metrics.moving_iou(three, 2)
+
+
+# --- intervals of means
+
+
+def test_the_interval_of_two_values_by_hand():
+    # Means of two draws of {0, 1}: 0, 1/2 and 1 with probability 1/4, 1/2 and 1/4.
+    assert metrics.bootstrap_interval([0, 1]) == (0, 1)
+    assert metrics.bootstrap_interval([0, 1], confidence=0.4) == (0.5, 0.5)
+
+
+def test_the_interval_of_shares_is_that_of_the_binomial():
+    # Twenty draws with probability 1/2: at most 5 in 2.1 % of the cases, at most 6 in 5.8 %; as many above 14.
+    assert metrics.bootstrap_interval([0] * 10 + [1] * 10, samples=50_000) == pytest.approx((0.3, 0.7))
+
+
+def test_the_interval_is_the_same_each_time_and_leaves_out_what_is_unknown():
+    values = np.random.default_rng(0).random(30)
+    low, high = metrics.bootstrap_interval(values)
+    assert low < values.mean() < high
+    assert metrics.bootstrap_interval([None, *values, math.nan]) == (low, high)
+    assert metrics.bootstrap_interval(values, seed=1) != (low, high)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 30**0.5, rel=0.03)
+
+
+def test_the_interval_of_one_value_or_none():
+    assert metrics.bootstrap_interval([0.3, None]) == (0.3, 0.3)
+    assert np.isnan(metrics.bootstrap_interval([None, math.nan])).all()
+    for options in ({"confidence": 1}, {"confidence": 0}, {"samples": 0}):
+        with pytest.raises(InputError, match="bootstrap_interval: expected confidence"):
+            metrics.bootstrap_interval([0, 1], **options)

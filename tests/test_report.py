@@ -14,7 +14,7 @@ import pytest
 
 from kdmos import evaluate, picture, report
 from kdmos.errors import InputError
-from kdmos.report import Chart, Facts, Figures, Method, Picture, Section, Table, build_report, write_report
+from kdmos.report import Chart, Facts, Figures, Method, Picture, Section, Table, build_report, plain, write_report
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 DASH = report.NOTHING
@@ -70,6 +70,8 @@ def scores(moving_iou, sequences=("00",), points=1000):
     """A dict as `evaluate_predictions` returns it, as far as tables read it."""
     row = {"scans": 3, "points": points, "moving_points": 40, "moving_iou": moving_iou, "moving_precision": 0.75}
     row |= {"moving_recall": 0.5, "static_iou": None, "iou": {"static": None, "moving": moving_iou}}
+    row |= {"objects": 8, "object_recall": moving_iou / 2, "false_objects_per_scan": 10 * moving_iou}
+    row["by_kind"] = [{"kind": "car", "points": 40, "recall": 0.5, "objects": 8, "object_recall": moving_iou / 2}]
     row["by_range"] = [
         {"metres": [0, 10], "moving_points": 40, "moving_iou": moving_iou},
         {"metres": [10, None], "moving_points": 0, "moving_iou": None},
@@ -125,11 +127,11 @@ def test_cells():
                 [
                     Table(
                         "T",
-                        ["name", "share", "count", "seeds", "text", "some"],
+                        ["name", "share", "count", "seeds", "text", "some", "plain"],
                         [
-                            ["a", 0.1234, 1234567, [0.5, 0.6, 0.7], "x", [None, 0.5, 0.5]],
-                            ["b", None, np.int64(2), [None, 0.25], "y", [None, None]],
-                            ["b", float("nan"), None, [10, 20], None, None],
+                            ["a", 0.1234, 1234567, [0.5, 0.6, 0.7], "x", [None, 0.5, 0.5], plain(1234.5)],
+                            ["b", None, np.int64(2), [None, 0.25], "y", [None, None], [plain(1), plain(2)]],
+                            ["b", float("nan"), None, [10, 20], None, None, plain(None)],
                         ],
                     )
                 ],
@@ -137,19 +139,20 @@ def test_cells():
         ],
     )
     assert rows(html, "T")[1:] == [
-        ["a", "12.3", "1,234,567", "60.0 ± 10.0", "x", "50.0 ± 0.0 (2 of 3)"],
-        ["b", DASH, "2", "25.0 (1 of 2)", "y", DASH],
-        [DASH, DASH, "15.0 ± 7.1", DASH, DASH],  # one name for both rows
+        ["a", "12.3", "1,234,567", "60.0 ± 10.0", "x", "50.0 ± 0.0 (2 of 3)", "1,234.50"],
+        ["b", DASH, "2", "25.0 (1 of 2)", "y", DASH, "1.50 ± 0.71"],
+        [DASH, DASH, "15.0 ± 7.1", DASH, DASH, DASH],  # one name for both rows
     ]
-    assert [cell.get("class") for cell in check(html).all("th")][:6] == [
+    assert [cell.get("class") for cell in check(html).all("th")][:7] == [
         None,
         "number",
         "number",
         "number",
         None,
         "number",
+        "number",
     ]
-    assert check(html).all("th")[7]["rowspan"] == "2"
+    assert check(html).all("th")[8]["rowspan"] == "2"
 
 
 def test_a_report_replaces_the_old_one_whole_or_not_at_all(tmp_path):
@@ -173,15 +176,22 @@ def test_scores_of_methods():
     html = build_report("", "", [Section("", report.score_blocks(methods))])
     head, rule, student = rows(html, "All scans together, %")
     assert head[:5] == ["method", "moving IoU", "precision", "recall", "static IoU"]
-    assert rule == ["rule", "30.0", "75.0", "50.0", DASH, "1,000", "40", "3"]
-    assert student == ["student", "55.0 ± 7.1", "75.0", "50.0", DASH, "1,000", "40", "3"]
+    assert head[5:8] == ["object recall", "false objects a scan", "objects"]
+    assert rule == ["rule", "30.0", "75.0", "50.0", DASH, "15.0", "3.00", "8", "1,000", "40", "3"]
+    objects = ["27.5 ± 3.5", "5.50 ± 0.71", "8"]
+    assert student == ["student", "55.0 ± 7.1", "75.0", "50.0", DASH, *objects, "1,000", "40", "3"]
+    assert rows(html, "Kinds of movers, %") == [
+        ["kind", "method", "recall", "object recall", "objects", "moving points"],
+        ["car", "rule", "50.0", "15.0", "8", "40"],
+        ["student", "50.0", "27.5 ± 3.5", "8", "40"],
+    ]
     assert rows(html, "Moving IoU by distance, %") == [
         ["", f"0{DASH}10 m", "10 m +"],
         ["rule", "30.0", DASH],
         ["student", "55.0 ± 7.1", DASH],
         ["moving points", "40", "0"],
     ]
-    assert html.count("<strong>") == 2 and "<strong>55.0" in html  # equal ones are no best
+    assert html.count("<strong>") == 3 and "<strong>55.0" in html  # equal ones are no best
     assert "Each sequence" not in html and "standard deviation" in html and "Needs no training." in html
     assert report.score_blocks([Method("not run")]) == []
 
@@ -198,6 +208,24 @@ def test_scores_of_each_sequence():
     ]
     alone = build_report("", "", [Section("", report.score_blocks(methods[:1]))])
     assert [row[:2] for row in rows(alone, "Each sequence, %")[1:]] == [["00", "30.0"], ["01", "30.0"]]
+
+
+def test_a_kind_that_one_method_was_not_scored_on_and_no_kinds():
+    other = scores(0.5)
+    other["total"] |= {"by_kind": [{**other["total"]["by_kind"][0], "kind": "bus", "object_recall": None}]}
+    table = report.kind_table([Method("rule", scores(0.3)), Method("student", other)])
+    assert [row[:4] for row in table.rows] == [
+        ["car", "rule", 0.5, 0.15],
+        ["car", "student", None, None],
+        ["bus", "rule", None, None],
+        ["bus", "student", 0.5, None],
+    ]
+    alone = report.kind_table([Method("student", other)])
+    assert alone.head[:2] == ["kind", "recall"] and alone.rows == [["bus", 0.5, None, 8, 40]]
+    still = scores(0.5)
+    still["total"] |= {"by_kind": [], "object_recall": None, "false_objects_per_scan": None}
+    html = build_report("", "", [Section("", report.score_blocks([Method("still", still)]))])
+    assert "Kinds of movers" not in html and rows(html, "All scans together, %")[1][5:7] == [DASH, DASH]
 
 
 def test_movable_has_its_columns_once_a_method_knows_it():
@@ -336,7 +364,15 @@ def test_evaluate_writes_a_report(page_of_a_run, scored):
     for row, total in ((predictions, expected["total"]), (rule, expected["rule"]["total"])):
         keys = ("moving_iou", "moving_precision", "moving_recall", "static_iou")
         assert row[1:5] == [f"{100 * total[key]:.1f}" for key in keys]
-        assert row[5:] == [f"{total[key]:,}" for key in ("points", "moving_points", "scans")]
+        assert row[5] == f"{100 * total['object_recall']:.1f}" and row[6] == f"{total['false_objects_per_scan']:.2f}"
+        assert row[7:] == [f"{total[key]:,}" for key in ("objects", "points", "moving_points", "scans")]
+    kinds = zip(expected["total"]["by_kind"], expected["rule"]["total"]["by_kind"], strict=True)
+    table = [row[-4:] for row in rows(html, "Kinds of movers, %")[1:]]
+    assert table == [
+        [f"{100 * row['recall']:.1f}", f"{100 * row['object_recall']:.1f}", f"{row['objects']}", f"{row['points']:,}"]
+        for pair in kinds
+        for row in pair
+    ]
     assert "Not scored: 1 labelled scan of 00 that has no prediction." in page.texts
     assert {"<b>student</b>", "published", "7"} <= set(page.texts)  # what the predictions were made with
     assert len(page.all("img")) == 6 and any("scan 5" in image["alt"] for image in page.all("img"))

@@ -10,11 +10,23 @@ import numpy as np
 
 from kdmos.errors import InputError
 
+# Kinds of movers by their raw id. 251 says no more than that it moves: predictions have it, and some data sets.
+MOVING_KINDS: dict[int, str] = {
+    251: "moving",
+    252: "car",
+    253: "cyclist",
+    254: "person",
+    255: "motorcyclist",
+    256: "on-rails",
+    257: "bus",
+    258: "truck",
+    259: "other vehicle",
+}
 RAW_IDS: dict[str, tuple[int, ...]] = {
     "unlabeled": (0, 1),
     "static": (9, 40, 44, 48, 49, 50, 51, 52, 60, 70, 71, 72, 80, 81, 99),
     "movable": (10, 11, 13, 15, 16, 18, 20, 30, 31, 32, 250),
-    "moving": tuple(range(251, 260)),
+    "moving": tuple(MOVING_KINDS),
 }
 # The usual class lists by their length. MotionBEV's published weights have two classes, KDMOS's four.
 CLASSES: dict[int, tuple[str, ...]] = {
