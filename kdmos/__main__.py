@@ -15,6 +15,7 @@ COMMANDS = {
     "teach": "Cache a teacher's logits for every scan, for training to learn from.",
     "predict": "Write one label per point for every scan of a folder, a bag or a data set.",
     "evaluate": "Score predictions: moving IoU, per class, by range; pictures, an HTML report.",
+    "suite": "Score checkpoints on the synthetic benchmark, side by side.",
     "view": "Show scans, labels and predictions: in a viewer, as pictures, as a film.",
     "clean": "Write sequences, or one map, without their moving points.",
     "export": "Write a student as ONNX or as a torch.export program, checked on scans.",

@@ -22,6 +22,7 @@ from kdmos.data.semantic_kitti import POINT_BYTES, read_labels
 from kdmos.data.synthetic.lidar import SensorSettings, load_sensor
 from kdmos.data.synthetic.scenes import SCENES
 from kdmos.data.synthetic.sequence import SyntheticSequence, Track
+from kdmos.data.synthetic.suite import ALL, FIRST_RESERVED_SEED, SUITES, suite_parts
 from kdmos.errors import InputError
 
 MANIFEST = "synth.json"  # what a data set was made with
@@ -159,6 +160,7 @@ def _check_manifest(output: Path, settings: SynthSettings) -> None:
 
 
 def synth(
+    context: typer.Context,
     output: Annotated[Path, typer.Argument(help="Data root to write; the same command goes on where it stopped.")],
     sequences: Annotated[int, typer.Option(min=1, max=1000, help="How many, named 00, 01, ...")] = 4,
     scans: Annotated[int, typer.Option(min=1, max=100_000, help="In each sequence.")] = 100,
@@ -182,6 +184,11 @@ def synth(
         float, typer.Option(min=0, help="Errors of each pose by itself: 1 is 1 cm and 0.05 degrees.")
     ] = 0.0,
     scene: Annotated[str, typer.Option(help=f"What the streets are like: {', '.join(SCENES)}.")] = "street",
+    suite: Annotated[
+        str | None,
+        typer.Option(help=f"Make the benchmark's data instead: {', '.join(SUITES)} or {ALL}; docs/suite.md."),
+    ] = None,
+    twin: Annotated[bool, typer.Option("--twin", help="With --suite: its validation twin.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
 ) -> None:
     """Make LiDAR sequences of made-up streets, labelled, in the layout of SemanticKITTI.
@@ -189,12 +196,30 @@ def synth(
     Besides what SemanticKITTI has, each sequence has tracks.csv: class, position, speed and number of points of all
     that moves, scan by scan.
     """
+    if suite is not None:
+        given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}
+        if fixed := sorted(given - {"output", "suite", "twin", "workers"}):
+            raise InputError(f"--suite {suite}: says all of its data itself; leave out --{', --'.join(fixed)}")
+        for part in suite_parts(suite, twin):
+            _make(part.folder(output), part.settings, workers)
+        return
+    if twin:
+        raise InputError("--twin: is that of a suite; name it with --suite")
+    if seed >= FIRST_RESERVED_SEED:
+        raise InputError(
+            f"--seed {seed}: from {FIRST_RESERVED_SEED} on seeds are those of the benchmark (--suite), whose data no "
+            "training may see; choose a smaller one"
+        )
     if scene not in SCENES:
         raise InputError(f"--scene {scene}: the scenes are {', '.join(SCENES)}")
     kind = (None, None) if drawn else (load_sensor(sensor), compensate)
     settings = SynthSettings(kind[0], seed, sequences, scans, kind[1], drift, jitter, scene)
+    _make(output, settings, workers)
+
+
+def _make(output: Path, settings: SynthSettings, workers: int | None) -> None:
     made = synthesize(output, settings, workers, progress=True)
-    print(f"{output}: {sequences} sequences of {scans} scans, {made} of them made now")
+    print(f"{output}: {settings.sequences} sequences of {settings.scans} scans, {made} of them made now")
 
 
 def main(argv: list[str] | None = None) -> None:
