@@ -71,7 +71,7 @@ class Ground:
     def smooth_height(self, x, y) -> np.ndarray:
         main = self.roads[0]
         away = np.sqrt((main.outside(x, y) + main.half) ** 2 + 1) - 1  # round on top
-        hills = sum(a * np.sin(kx * x + ky * y + p) for a, kx, ky, p in self.hills)
+        hills = sum(a * np.sin(kx * x + ky * y + p) for a, kx, ky, p in self.hills.tolist())
         return hills - self.fall * 8 * np.tanh(away / 8)
 
     def raised(self, x, y) -> np.ndarray:

@@ -27,14 +27,14 @@ class Material(NamedTuple):
 
 
 MATERIALS = {
-    "asphalt": Material(0.36, 0.003, 0.001),
+    "asphalt": Material(0.41, 0.003, 0.001),
     "marking": Material(0.65, 0.003, 0.001),
-    "paving": Material(0.42, 0.004, 0.001),
-    "grass": Material(0.50, 0.015, 0.004),
-    "leaves": Material(0.46, 0.02, 0.01),
+    "paving": Material(0.45, 0.004, 0.001),
+    "grass": Material(0.54, 0.015, 0.004),
+    "leaves": Material(0.50, 0.02, 0.01),
     "bark": Material(0.32, 0.01, 0.004),
-    "plaster": Material(0.42, 0.004, 0.001),
-    "wood": Material(0.34, 0.006, 0.002),
+    "plaster": Material(0.46, 0.004, 0.001),
+    "wood": Material(0.37, 0.006, 0.002),
     "paint": Material(0.38, 0.004, 0.004, 0.45),
     "glass": Material(0.08, 0.01, 0.15, 0.5),
     "rubber": Material(0.10, 0.005, 0.01),

@@ -32,19 +32,19 @@ class StreetSettings:
     speed: Span = (1.0, 15.0)
     lane: Span = (2.6, 4.6)
     parking: float = 0.85
-    parked: Span = (0.0, 1.0)
-    large: Span = (0.1, 0.6)
+    parked: Span = (0.0, 0.9)
+    large: Span = (0.1, 0.5)
     aside: Span | None = None
     clutter: Span = (0.3, 2.0)
-    traffic: Span = (0.2, 1.6)
+    traffic: Span = (0.2, 1.4)
     kinds: tuple[str, ...] | None = None
     pace: Span | None = None
     stops: float = 0.3
     acts: tuple[tuple[str, float], ...] = (
-        ("queue", 0.4),
-        ("overtaking", 0.3),
-        ("truck", 0.2),
-        ("crossing", 0.25),
+        ("queue", 0.35),
+        ("overtaking", 0.2),
+        ("truck", 0.12),
+        ("crossing", 0.2),
     )
 
 
