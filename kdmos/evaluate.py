@@ -372,16 +372,27 @@ def _scores_of_all(tallies: dict[str, Tally], movable: bool) -> dict:
     sequences = {name: scores(tally, movable) for name, tally in tallies.items()}
     return {
         "total": scores(sum(tallies.values(), start=Tally()), movable),
-        "mean": _mean([row["moving_iou"] for row in sequences.values()]) if len(sequences) > 1 else None,
+        "mean": over_sequences(sequences.values()) if len(sequences) > 1 else None,
         "sequences": sequences,
     }
 
 
-def _mean(moving_ious: list[float | None]) -> dict:
-    known = [value for value in moving_ious if value is not None]
+def over_sequences(rows: Iterable[dict]) -> dict:
+    """Mean moving IoU of sequences, with its 95 % bootstrap interval over the sequences.
+
+    A sequence in which nothing truly moves has no IoU: one false point would make it 0, none would leave it out.
+
+    Args:
+        rows: What `scores` says of each sequence.
+    Returns: JSON-able dict: `moving_iou`, `low`, `high` (None where no sequence counts), how many `sequences` count,
+        and how many are `left_out`.
+    """
+    rows = list(rows)
+    known = [row["moving_iou"] for row in rows if row["moving_points"]]
     low, high = metrics.bootstrap_interval(known)
     mean = float(np.mean(known)) if known else None
-    return {"moving_iou": mean, "low": _number(low), "high": _number(high), "sequences": len(known)}
+    counts = {"sequences": len(known), "left_out": len(rows) - len(known)}
+    return {"moving_iou": mean, "low": _number(low), "high": _number(high), **counts}
 
 
 def scores(tally: Tally, movable: bool) -> dict:

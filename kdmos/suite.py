@@ -20,7 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Printed
 
-from kdmos import __version__, metrics
+from kdmos import __version__
 from kdmos.checkpoint import write_atomic
 from kdmos.command import Bar, run
 from kdmos.data.profile import SensorProfile
@@ -36,6 +36,7 @@ from kdmos.evaluate import (
     count_sequence,
     draw,
     find_scored,
+    over_sequences,
     read_scan,
     scores,
 )
@@ -133,32 +134,17 @@ def count_part(part: Part, output: Path, predictions: Path, progress: bool = Fal
 def summary(tallies: Iterable[Tally]) -> dict:
     """Scores of the sequences of a part or of a suite.
 
-    Returns: JSON-able dict: `mean` over the sequences, see `over_sequences`, and `total`, of all their points and
-        objects what `evaluate_predictions` gives of one sequence, and `false_points_per_scan`.
+    Returns: JSON-able dict: `mean`, see `kdmos.evaluate.over_sequences`, and `total`, of all their points and objects
+        what `evaluate_predictions` gives of one sequence, and `false_points_per_scan`.
     """
     tallies = list(tallies)
     total = sum(tallies, start=Tally())
     row = scores(total, movable=False)
     false_points = int(total.tables[:, [STATIC, MOVABLE], MOVING].sum())
     return {
-        "mean": over_sequences(tallies),
+        "mean": over_sequences(scores(tally, movable=False) for tally in tallies),
         "total": {**row, "false_points_per_scan": false_points / row["scans"]},
     }
-
-
-def over_sequences(tallies: Iterable[Tally]) -> dict:
-    """Mean moving IoU of sequences, with its 95 % bootstrap interval over the sequences.
-
-    A sequence in which nothing truly moves has no IoU: one false point would make it 0, none would leave it out.
-
-    Returns: `moving_iou`, `low`, `high` (None where no sequence counts), how many `sequences` count, and how many are
-        `left_out`.
-    """
-    rows = [scores(tally, movable=False) for tally in tallies]
-    known = [row["moving_iou"] for row in rows if row["moving_points"]]
-    low, high = metrics.bootstrap_interval(known) if known else (None, None)
-    mean = float(np.mean(known)) if known else None
-    return {"moving_iou": mean, "low": low, "high": high, "sequences": len(known), "left_out": len(rows) - len(known)}
 
 
 def score_suites(counted: dict[Part, dict[str, Tally]]) -> dict:

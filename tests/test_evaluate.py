@@ -201,18 +201,15 @@ def test_objects_and_kinds(objects):
 def test_the_mean_over_sequences(objects):
     mean = score(objects, rule=True)["mean"]
     one, two = 5 / (22 + 5), 10 / 20  # and the interval of two values reaches from one to the other
-    assert mean == {"moving_iou": pytest.approx((one + two) / 2), "low": one, "high": two, "sequences": 2}
+    both = {"moving_iou": pytest.approx((one + two) / 2), "low": one, "high": two, "sequences": 2}
+    assert mean == {**both, "left_out": 0}
     assert score(objects, sequences=["00"])["mean"] is None
     add_scan(objects, "02", 0, [40], [9])  # nothing moves in it
-    assert score(objects)["mean"] == mean
-    assert score(objects, sequences=["01", "02"])["mean"] == {
-        "moving_iou": 0.5,
-        "low": 0.5,
-        "high": 0.5,
-        "sequences": 1,
-    }
-    add_scan(objects, "03", 0, [40], [9])
-    nothing = {"moving_iou": None, "low": None, "high": None, "sequences": 0}
+    assert score(objects)["mean"] == {**both, "left_out": 1}
+    of_one = {"moving_iou": 0.5, "low": 0.5, "high": 0.5, "sequences": 1, "left_out": 1}
+    assert score(objects, sequences=["01", "02"])["mean"] == of_one
+    add_scan(objects, "03", 0, [40], [251])  # nor in this one, whatever is found in it
+    nothing = {"moving_iou": None, "low": None, "high": None, "sequences": 0, "left_out": 2}
     assert score(objects, sequences=["02", "03"])["mean"] == nothing
 
 
