@@ -51,19 +51,26 @@ class StreetSettings:
 _QUIET = replace(StreetSettings(), traffic=(0.2, 0.7), acts=())
 _STRAIGHT = ("straight",)
 _TOWN = ("urban", "residential")
+# Streets with less in them, for comparisons: what each kind of thing is worth in training.
+_SPARSE = StreetSettings(
+    ego=("straight", "straight", "turn", "stand", "stop"),
+    lane=(3.0, 4.6),
+    parking=0.75,
+    parked=(0.0, 0.6),
+    large=(0.15, 0.15),
+    clutter=(0.0, 0.0),
+    traffic=(0.4, 1.6),
+    acts=(),
+)
+_USUAL = StreetSettings()
 SCENES = {
-    "street": StreetSettings(),
-    # What stood in the streets before version 4 of them, for comparisons.
-    "sparse": StreetSettings(
-        ego=("straight", "straight", "turn", "stand", "stop"),
-        lane=(3.0, 4.6),
-        parking=0.75,
-        parked=(0.0, 0.6),
-        large=(0.15, 0.15),
-        clutter=(0.0, 0.0),
-        traffic=(0.4, 1.6),
-        acts=(),
+    "street": _USUAL,
+    "sparse": _SPARSE,
+    "sparse_parked": replace(
+        _SPARSE, lane=_USUAL.lane, parking=_USUAL.parking, parked=_USUAL.parked, large=_USUAL.large
     ),
+    "sparse_acts": replace(_SPARSE, ego=_USUAL.ego, acts=_USUAL.acts),
+    "sparse_clutter": replace(_SPARSE, clutter=_USUAL.clutter),
     "parked": replace(
         _QUIET, styles=_TOWN, ego=_STRAIGHT, speed=(2.0, 14.0), parking=1.0, parked=(0.7, 1.0), large=(0.4, 0.7),
         aside=(2.2, 4.0),

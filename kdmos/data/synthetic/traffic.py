@@ -72,12 +72,12 @@ KINDS = {
     "truck": Kind(shapes.truck, 18, 258, np.inf, 1.4, (-3.2, -1.6, 0.0, 1.6, 3.2), (3.0, 11.0)),
     "bus": Kind(shapes.bus, 13, 257, np.inf, 1.4, (-4.4, -2.2, 0.0, 2.2, 4.4), (3.0, 11.0)),
     "cyclist": Kind(shapes.cyclist, 31, 253, 0.9, 0.6, (-0.5, 0.5), (2.2, 7.0)),
-    "motorcyclist": Kind(shapes.motorcyclist, 32, 255, np.inf, 0.6, (-0.5, 0.5), (4.0, 14.0)),
+    "motorcyclist": Kind(shapes.motorcyclist, 32, 255, np.inf, 0.6, (-0.5, 0.5), (1.5, 14.0)),
     "person": Kind(shapes.person, 30, 254, 0.24, 0.4, (0.0,), (0.6, 1.9)),
 }
 RATES = {  # how many a sequence of ten scans' length meets, and for how many each second more
     "car": (2.2, 0.5), "slow car": (0.7, 0.12), "van": (0.6, 0.15), "truck": (0.2, 0.06), "bus": (0.1, 0.04),
-    "cyclist": (1.3, 0.3), "motorcyclist": (0.25, 0.06), "person": (4.0, 0.8),
+    "cyclist": (1.3, 0.3), "motorcyclist": (0.6, 0.14), "person": (4.0, 0.8),
 }  # fmt: skip
 
 
