@@ -3,8 +3,8 @@
     python -m benchmarks.suspects --init FILE [--before FOLDER] [--output runs/suspects] [--seeds 3] [--only raw poses]
 
 The student of --init learns on for one epoch of 200 scans, coarse, and is then scored on the parked vehicles of the
-suite's validation twin and, where KDMOS_SHARED has it, on kitti-raw-0005-b: rows of results/suspects.csv, one a variant,
-seed and data set. --before is a data set that an older generator made. What `output` holds already is not made again.
+suite's validation twin and, where KDMOS_SHARED has it, on kitti-raw-0005-b: rows of results/suspects.csv, one for each
+variant, seed and data set. --before is a data set that an older generator made. What `output` holds is not made again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VAN = 4  # instance of kitti-raw-0005-b's parked van
 
 @dataclass(frozen=True)
 class Variant:
-    """streets: None: those of --before. remission: Share of the scans whose remission is changed. epochs: Of training."""
+    """streets: None: those of --before. remission: Share of the scans whose remission changes. epochs: Of training."""
 
     streets: SynthSettings | None = STREETS
     remission: float = 0.0
