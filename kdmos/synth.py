@@ -174,7 +174,7 @@ def synth(
         bool,
         typer.Option(
             "--drawn",
-            help="Draw each street's sensor, whether it is compensated or raw, and its poses' errors.",
+            help="Draw each street's sensor, whether it is compensated or raw, and a factor on its poses' errors.",
         ),
     ] = False,
     drift: Annotated[
@@ -196,8 +196,8 @@ def synth(
     Besides what SemanticKITTI has, each sequence has tracks.csv: class, position, speed and number of points of all
     that moves, scan by scan.
     """
+    given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}
     if suite is not None:
-        given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}
         if fixed := sorted(given - {"output", "suite", "twin", "workers"}):
             raise InputError(f"--suite {suite}: says all of its data itself; leave out --{', --'.join(fixed)}")
         for part in suite_parts(suite, twin):
@@ -212,6 +212,8 @@ def synth(
         )
     if scene not in SCENES:
         raise InputError(f"--scene {scene}: the scenes are {', '.join(SCENES)}")
+    if drawn and given & {"sensor", "compensate"}:
+        raise InputError("--drawn: draws the sensor and compensated or raw itself; leave out --sensor and --raw")
     kind = (None, None) if drawn else (load_sensor(sensor), compensate)
     settings = SynthSettings(kind[0], seed, sequences, scans, kind[1], drift, jitter, scene)
     _make(output, settings, workers)

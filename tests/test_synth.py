@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,7 +103,17 @@ def test_more_sequences_may_be_added(made, data):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 2}, {"scans": 5}, {"compensate": False}, {"drift": 0.0}, {"sensor": SensorSettings()}]
+    "change",
+    [
+        {"seed": 2},
+        {"scans": 5},
+        {"compensate": False},
+        {"drift": 0.0},
+        {"sensor": SensorSettings()},
+        {"jitter": 1.0},
+        {"scene": "queue"},
+        {"sensor": None},
+    ],
 )
 def test_another_data_set_is_refused(made, data, change):
     settings = SynthSettings(**{**vars(SETTINGS), **change})
@@ -136,6 +147,14 @@ def test_command(tmp_path, capsys):
     assert exit_code(*arguments, "--drift", 1) == 2  # the folder holds other settings
 
 
+def test_a_drawn_data_set_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdmos.data.synthetic.sequence.draw_sensor", lambda rng: replace(TINY, height=2.5))
+    arguments = ("--drawn", "--sequences", 1, "--scans", 1, "--workers", 1, "--scene", "nothing", "--jitter", 1)
+    assert exit_code(tmp_path / "data", *arguments) == 0
+    manifest = json.loads((tmp_path / "data" / MANIFEST).read_text())
+    assert (manifest["sensor"], manifest["compensate"], manifest["scene"]) == (None, None, "nothing")
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -144,6 +163,10 @@ def test_command(tmp_path, capsys):
         (["data", "--scans", "0"], "--scans"),
         (["data", "--sequences", "many"], "--sequences"),
         (["data", "--sensor", "hdl128"], "hdl64, small"),
+        (["data", "--scene", "motorway"], "--scene motorway: the scenes are street, sparse"),
+        (["data", "--drawn", "--raw"], "--drawn: draws the sensor and compensated or raw itself"),
+        (["data", "--drawn", "--sensor", "small"], "leave out --sensor and --raw"),
+        (["data", "--jitter", "-1"], "--jitter"),
         (["data", "--drift", "-1"], "--drift"),
         (["data", "--drift", "nan"], "--drift"),
         (["data", "--seed", "-1"], "--seed"),

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from kdmos import ops
-from kdmos.data.augment import apply_transforms, draw_transform
+from kdmos.data.augment import (
+    NO_REMISSION,
+    RemissionChange,
+    apply_transforms,
+    change_remission,
+    draw_remission,
+    draw_transform,
+)
 from kdmos.data.batch import ScanId, pack
 from kdmos.settings import PolarGrid
 
@@ -191,3 +198,62 @@ def test_equals_the_authors_augmented_scan(seed, golden):
     found = gridded.features[::4, :8].numpy()[same]
     # Two last bits of a coordinate up to 128 m.
     np.testing.assert_allclose(found, features[same], rtol=0, atol=2e-5)
+
+
+# ---- another remission
+
+
+def some_points(n=4000, seed=0):
+    rng = np.random.default_rng(seed)
+    points = np.concatenate([rng.uniform(-40, 40, (n, 3)), rng.uniform(0, 1, (n, 1))], 1)
+    return torch.from_numpy(points.astype(np.float32))
+
+
+def test_a_change_of_remission_is_a_function_of_seed_epoch_and_scan():
+    assert draw_remission(3, 5, SCAN, 1.0) == draw_remission(3, 5, ScanId("08", 123), 1.0)
+    others = [draw_remission(*key, 1.0) for key in ((4, 5, SCAN), (3, 6, SCAN), (3, 5, ScanId("08", 124)))]
+    assert len({draw_remission(3, 5, SCAN, 1.0), *others}) == 4
+    assert draw_remission(3, 5, SCAN, 0.0) is None
+    found = [draw_remission(0, 0, ScanId("00", frame), 0.4) for frame in range(DRAWS)]
+    changed = [change for change in found if change is not None]
+    assert abs(len(changed) / DRAWS - 0.4) < 0.03
+    assert abs(np.mean([change.gain == 0 for change in changed]) - NO_REMISSION) < 0.03
+    assert all(0.5 <= c.gain <= 2 or c.gain == 0 for c in changed)
+    assert all(0.5 <= c.gamma <= 2 and 0.25 <= c.patch <= 2 and c.spread <= 0.7 and c.dark <= 0.6 for c in changed)
+
+
+def test_gain_and_gamma():
+    points = some_points()
+    plain = RemissionChange(0.5, 2.0, 1.0, 0.0, 0.0, 7)
+    changed = change_remission(points, torch.tensor([0, 4000]), [plain])
+    torch.testing.assert_close(changed[:, 3], 0.5 * points[:, 3] ** 2)
+    assert torch.equal(changed[:, :3], points[:, :3])
+    bright = change_remission(points, torch.tensor([0, 4000]), [plain._replace(gain=3.0)])
+    assert bright[:, 3].max() == 1
+    gone = change_remission(points, torch.tensor([0, 4000]), [plain._replace(gain=0.0)])
+    assert not gone[:, 3].any()
+
+
+def test_patches_of_space_change_alike_and_some_go_dark():
+    points = some_points(20_000)
+    change = RemissionChange(0.4, 1.0, 2.0, 0.6, 0.25, 11)
+    factor = change_remission(points, torch.tensor([0, 20_000]), [change])[:, 3] / (0.4 * points[:, 3])
+    cube = (points[:, :3] / 2).floor().long()
+    _, patch = cube.unique(dim=0, return_inverse=True)
+    low = torch.full((int(patch.max()) + 1,), 9.0).scatter_reduce(0, patch, factor, "amin")
+    high = torch.zeros(int(patch.max()) + 1).scatter_reduce(0, patch, factor, "amax")
+    assert (high - low).max() < 1e-3 * high.max()
+    dark = high == 0
+    assert abs(dark.float().mean() - 0.25) < 0.02
+    assert abs(high[~dark].log().mean()) < 0.02 and high[~dark].log().abs().max() <= 0.6 + 1e-4
+    other = change_remission(points, torch.tensor([0, 20_000]), [change._replace(key=12)])
+    assert not torch.equal(other[:, 3] == 0, factor == 0)
+
+
+def test_each_scan_of_a_batch_has_its_own_change():
+    points = some_points(300)
+    offsets, change = torch.tensor([0, 100, 100, 300]), RemissionChange(0.5, 1.0, 1.0, 0.0, 0.0, 1)
+    changed = change_remission(points, offsets, [None, change, change])
+    assert torch.equal(changed[:100], points[:100])
+    torch.testing.assert_close(changed[100:, 3], 0.5 * points[100:, 3])
+    assert change_remission(points, offsets, [None] * 3) is points

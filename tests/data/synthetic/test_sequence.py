@@ -190,3 +190,54 @@ def test_tracks_tell_where_movers_are():
                 assert world[:, 2].min() > track.z - 0.3
                 seen += 1
     assert seen >= 3
+
+
+# --- drawn street by street, and poses as an odometry gives them
+
+
+def drawn(seed, **settings):
+    return SyntheticSequence(seed, 0, 4, None, **settings)
+
+
+def test_drawn_sequences_have_their_ground_where_students_look_for_it(monkeypatch):
+    """Whatever the height of their sensor: points and poses are those of a frame above or below it."""
+    heights = iter((0.8, 2.8))
+    monkeypatch.setattr(
+        "kdmos.data.synthetic.sequence.draw_sensor", lambda rng: replace(EXACT, height=next(heights), vehicle=None)
+    )
+    for compensate in (True, False):
+        sequence = drawn(1, compensate=compensate)
+        scan = sequence.scan(1)
+        road = (np.isin(scan.labels & 0xFFFF, (40, 60))) & (np.hypot(*scan.points[:, :2].T) < 8)
+        assert road.sum() > 20 and abs(np.median(scan.points[road, 2]) + 1.73) < 0.15
+        lift = sequence.sensor.height - 1.73
+        sensor = sequence.street.ego_poses(np.arange(4) * 0.1, sequence.sensor.height)
+        sensor[:, :3, 3] -= lift * sensor[:, :3, 2]
+        np.testing.assert_allclose(sequence.poses(), np.linalg.inv(sensor[0]) @ sensor, atol=1e-12)
+
+
+def test_drawn_sequences_differ_and_come_again():
+    found = [drawn(seed, compensate=None) for seed in range(12)]
+    assert len({sequence.sensor for sequence in found}) == 12
+    assert {sequence.compensate for sequence in found} == {True, False}
+    errors = [sequence.errors for sequence in found]
+    assert all(0 <= factor <= 1 for factor in errors) and len(set(errors)) == 12
+    again = drawn(3, compensate=None)
+    assert (again.sensor, again.compensate, again.errors) == (found[3].sensor, found[3].compensate, found[3].errors)
+    np.testing.assert_array_equal(again.poses(1.0, 1.0), found[3].poses(1.0, 1.0))
+
+
+def test_jitter_is_white_and_of_the_size_it_says():
+    sequence = SyntheticSequence(2, 0, 400, TINY)
+    exact, jittered = sequence.poses(), sequence.poses(jitter=2.0)
+    off = np.linalg.inv(exact) @ jittered
+    assert abs(off[:, :3, 3].std() - 0.02) < 2e-3 and abs(off[:, :3, 3].mean()) < 2e-3
+    turned = np.stack([off[:, 2, 1], off[:, 0, 2], off[:, 1, 0]], 1)
+    np.testing.assert_allclose(np.degrees(turned).std(0), 0.1, rtol=0.1)
+    np.testing.assert_allclose(
+        off[:, :3, :3] @ off[:, :3, :3].transpose(0, 2, 1), np.tile(np.eye(3), (400, 1, 1)), atol=1e-12
+    )
+    after_another = (off[1:, :3, 3] * off[:-1, :3, 3]).mean() / off[:, :3, 3].var()
+    assert abs(after_another) < 0.1
+    both = sequence.poses(1.0, 2.0)  # the drift is the same with and without jitter
+    np.testing.assert_allclose(np.linalg.inv(sequence.poses(1.0)) @ both, off, atol=1e-9)
