@@ -44,6 +44,7 @@ from . import rows
 SHARED = Path(os.environ.get("KDMOS_SHARED", Path(__file__).parents[2] / "shared"))
 FIGURE = Path(__file__).parents[1] / "docs" / "synthetic_realism.png"
 BEAMS = 64
+NEAR = 30.0  # metres; beyond, neighbours lie too far apart to tell a surface
 IMAGE = (1242, 375)  # pixels, of the camera in whose view KITTI has boxes
 RINGS = np.arange(0.0, 80.1, 5.0)  # metres, horizontal
 HEIGHTS = np.arange(-3.0, 3.01, 0.1)  # metres above the sensor
@@ -88,13 +89,26 @@ class Drive:
     seam: float
 
 
+class Texture(NamedTuple):
+    """What neighbours on a surface are like, of points within `NEAR` metres.
+
+    zeros: Share of points without remission. alone: Of the points between two with remission, those without. missing:
+    Share of steps along a ring, on one surface, that leave out a ray. noise: of a range, metres.
+    """
+
+    zeros: float
+    alone: float
+    missing: float
+    noise: float
+
+
 @dataclass
 class Statistics:
     """Counts over the scans of a drive.
 
     points: a scan. counts: histogram by name of `HISTOGRAMS`. scored: points whose motion channels count, by ring;
     changed: of these, with a non-zero channel. complete, ruled: the same in scans that have all channels, and of
-    these, moving by the rule. moving: share of moving points in the view of each scan.
+    these, moving by the rule. moving: share of moving points in the view of each scan. texture: mean over the scans.
     """
 
     points: float
@@ -104,6 +118,7 @@ class Statistics:
     complete: np.ndarray
     ruled: np.ndarray
     moving: np.ndarray
+    texture: Texture
 
 
 def total_variation(first: np.ndarray, second: np.ndarray) -> float:
@@ -139,6 +154,29 @@ def read_calib(path: Path) -> dict[str, np.ndarray]:
     rows = {line.split(":")[0]: line.split(":")[1] for line in path.read_text().splitlines() if ":" in line}
     p2, tr = (np.array(rows[key].split(), np.float64).reshape(3, 4) for key in ("P2", "Tr"))
     return {"P2": p2, "Tr": np.concatenate([tr, [[0, 0, 0, 1]]])}
+
+
+def texture(points: np.ndarray) -> Texture:
+    """Of a scan that is stored ring by ring.
+
+    Points count that lie between two others of their ring, a ray away on either side and at much the same range.
+    Noise is the median absolute second difference of the ranges, as a standard deviation.
+    """
+    distance, dark = np.linalg.norm(points[:, :3], axis=1), points[:, 3] == 0
+    step = np.abs((np.diff(np.arctan2(points[:, 1], points[:, 0])) + np.pi) % (2 * np.pi) - np.pi)
+    rays = step / np.median(step)
+    surface = (np.abs(np.diff(distance)) < 0.15) & (distance[1:] < NEAR)
+    beside = surface & (rays < 1.5)
+    between = beside[1:] & beside[:-1]
+    lit = between & ~dark[2:] & ~dark[:-2]
+    left_out, steps = surface & (rays >= 1.5) & (rays < 2.5), surface & (rays < 2.5)
+    noise = np.abs(np.diff(distance, 2)[between])
+    return Texture(
+        _share(dark & (distance < NEAR), distance < NEAR),
+        _share(dark[1:-1] & lit, lit),
+        _share(left_out, steps),
+        float(np.median(noise)) / 0.6745 / np.sqrt(6) if len(noise) else float("nan"),
+    )
 
 
 def static_points(labels: np.ndarray, synthetic: bool) -> np.ndarray:
@@ -194,7 +232,8 @@ def statistics(drive: Drive, calib: dict | None = None, synthetic: bool = True, 
         sizes = residual[nonzero]
         counts["magnitude"] += np.histogram(sizes[sizes != 0], MAGNITUDES)[0]
     points = sum(map(len, drive.scans)) / len(drive.scans)
-    return Statistics(points, counts, scored, changed, complete, ruled, np.array(moving))
+    like = Texture(*np.mean([texture(scan) for scan in drive.scans], 0))
+    return Statistics(points, counts, scored, changed, complete, ruled, np.array(moving), like)
 
 
 def read_drive(sequence: Sequence, scans: int, seam: float) -> Drive:
@@ -248,6 +287,10 @@ VALUES = {  # name: (of a drive, unit)
     "nonzero": (lambda s: _share(s.changed, s.scored), "share of static points"),
     "rule": (lambda s: _share(s.ruled, s.complete), "share of static points"),
     "moving": (lambda s: float(s.moving.mean()) if len(s.moving) else float("nan"), "share of points in view"),
+    "zeros": (lambda s: s.texture.zeros, "share of points, to 30 m"),
+    "zeros_alone": (lambda s: s.texture.alone, "share of points between two with remission"),
+    "missing": (lambda s: s.texture.missing, "share of steps on a surface"),
+    "noise": (lambda s: s.texture.noise, "metres"),
 }
 
 

@@ -21,6 +21,7 @@ from benchmarks.synthetic_realism import (
     read_calib,
     static_points,
     statistics,
+    texture,
     total_variation,
 )
 from kdmos.data.synthetic.lidar import SensorSettings
@@ -126,3 +127,18 @@ def test_another_number_of_beams_is_refused(monkeypatch):
     monkeypatch.setattr(rows, "append", None)  # nothing may be written
     with pytest.raises(InputError, match="64 beams"):
         synthetic_realism.run(argparse.Namespace(sensor="small"))
+
+
+def test_texture_of_a_made_up_ring():
+    """A circle of 400 rays: 40 points dark in one piece, 4 alone; three rays missing one by one."""
+    azimuth = np.arange(400) * 2 * np.pi / 400 - np.pi
+    noise = np.random.default_rng(0).normal(0, 0.01, 400)
+    distance = 10 + noise
+    points = np.stack([distance * np.cos(azimuth), distance * np.sin(azimuth), 0 * noise, np.full(400, 0.3)], 1)
+    points[50:90, 3] = points[[100, 150, 200, 250], 3] = 0
+    like = texture(np.delete(points, [300, 320, 340], 0).astype(np.float32))
+    assert like.zeros == 44 / 397 and like.missing == 3 / 396
+    lit = 397 - 2 - 40 - 2 - 8 - 6  # between two with remission, a ray away: not in or beside the dark, nor at a gap
+    assert abs(like.alone - 4 / (lit + 4)) < 0.002
+    assert abs(like.noise - 0.01) < 0.002
+    assert np.isnan(texture(points[:1].astype(np.float32)[:1].repeat(2, 0)).noise)

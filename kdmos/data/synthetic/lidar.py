@@ -311,11 +311,10 @@ class Lidar:
         # 4) The remission as calibrated sensors give it: range taken out, incidence for the larger part; 0 where the
         # echo is faint, and for a few others. A glossy surface gives back twice as much squarely, and little aslant.
         lobe = (1 - gloss) * (0.55 + 0.45 * hits.cosine) + gloss * 2 * hits.cosine**6
-        value = remission * lobe
+        value = settings.remission_gain * np.maximum(remission * lobe, 0) ** settings.remission_gamma
+        faint = value < settings.faintest
         value += 0.2 * np.minimum(value, 0.25) * rng.standard_normal(shape, np.float32)
-        if settings.remission_gain != 1 or settings.remission_gamma != 1:
-            value = settings.remission_gain * np.maximum(value, 0) ** settings.remission_gamma
-        value[value < settings.faintest] = 0
+        value[faint] = 0
         value[rng.random(shape, np.float32) > _strong(echo, FAINT)] = 0
         # the same solids in every scan; 1 more for the ground, at the index -1 or -2
         dark = np.random.default_rng(self.dark_key).random(hits.solid.max() + 3) < settings.dark
