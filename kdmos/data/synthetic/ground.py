@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdmos.data.synthetic.lidar import MATERIAL_INDEX as M
+from kdmos.data.synthetic.lidar import MATERIALS
 
 ROAD, PARKING, SIDEWALK, OTHER_GROUND, TERRAIN, MARKING = 40, 44, 48, 49, 72, 60  # raw ids of the ground
 
@@ -63,6 +64,7 @@ class Ground:
     curb: float
     hills: np.ndarray  # [H, 4]: metres, 1/metre in x and y, radians
     fall: float = 0.03  # slope away from the main road's centre, over some eight metres
+    shades: tuple[tuple[str, float], ...] = ()  # factors on the remission of materials; 1 of those not named
 
     @property
     def max_slope(self) -> float:
@@ -80,8 +82,8 @@ class Ground:
     def height(self, x, y) -> np.ndarray:
         return self.smooth_height(x, y) + self.curb * (self.raised(x, y) > 0)
 
-    def surface(self, x, y) -> tuple[np.ndarray, np.ndarray]:
-        """Raw id and material at some places."""
+    def surface(self, x, y) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Raw id, material and factor on its remission at some places."""
         away = self.raised(x, y)
         main = self.roads[0]
         beyond = OTHER_GROUND if self.paved else TERRAIN
@@ -94,7 +96,10 @@ class Ground:
         material[label == MARKING] = M["marking"]
         material[(label == SIDEWALK) | (label == OTHER_GROUND)] = M["paving"]
         material[label == TERRAIN] = M["grass"]
-        return label, material
+        shade = np.ones(len(MATERIALS), np.float32)
+        for name, factor in self.shades:
+            shade[M[name]] = factor
+        return label, material, shade[material]
 
 
 class Path:

@@ -19,6 +19,7 @@ class StreetSettings:
     parked: Share of the places that are taken.
     large: Share of vans, trucks, trailers and the like among what is parked.
     aside: Metres from the middle of the vehicle's lane to the middle of what is parked along it; None: by the widths.
+    strays: How many vehicles stand anywhere else, each 50 m: by the road, on lawns, in a lane.
     clutter: Factor on how many thin and sparse things stand about: twigs, tall grass, posts.
     traffic: Factor on how much moves.
     kinds: Which of `traffic.KINDS` move; None: all.
@@ -35,13 +36,14 @@ class StreetSettings:
     parked: Span = (0.0, 0.9)
     large: Span = (0.1, 0.5)
     aside: Span | None = None
+    strays: Span = (0.0, 4.0)
     clutter: Span = (0.3, 2.0)
     traffic: Span = (0.2, 1.4)
     kinds: tuple[str, ...] | None = None
     pace: Span | None = None
     stops: float = 0.3
     acts: tuple[tuple[str, float], ...] = (
-        ("queue", 0.35),
+        ("queue", 0.45),
         ("overtaking", 0.2),
         ("truck", 0.12),
         ("crossing", 0.2),
@@ -58,6 +60,7 @@ _SPARSE = StreetSettings(
     parking=0.75,
     parked=(0.0, 0.6),
     large=(0.15, 0.15),
+    strays=(0.0, 0.0),
     clutter=(0.0, 0.0),
     traffic=(0.4, 1.6),
     acts=(),
@@ -67,13 +70,18 @@ SCENES = {
     "street": _USUAL,
     "sparse": _SPARSE,
     "sparse_parked": replace(
-        _SPARSE, lane=_USUAL.lane, parking=_USUAL.parking, parked=_USUAL.parked, large=_USUAL.large
+        _SPARSE,
+        lane=_USUAL.lane,
+        parking=_USUAL.parking,
+        parked=_USUAL.parked,
+        large=_USUAL.large,
+        strays=_USUAL.strays,
     ),
     "sparse_acts": replace(_SPARSE, ego=_USUAL.ego, acts=_USUAL.acts),
     "sparse_clutter": replace(_SPARSE, clutter=_USUAL.clutter),
     "parked": replace(
         _QUIET, styles=_TOWN, ego=_STRAIGHT, speed=(2.0, 14.0), parking=1.0, parked=(0.7, 1.0), large=(0.4, 0.7),
-        aside=(2.2, 4.0),
+        aside=(2.5, 4.0),
     ),
     "queue": replace(_QUIET, ego=("straight", "stand", "stop"), speed=(1.5, 8.0), acts=(("queue", 1.0),)),
     "ego_stands": StreetSettings(ego=("stand",)),

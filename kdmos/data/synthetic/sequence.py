@@ -166,8 +166,9 @@ class SyntheticSequence:
         surfaces[rows, columns] = surface[hits.solid[rows, columns]]
         rows, columns = np.nonzero(hits.solid == GROUND)
         place = rays.origin[columns] + rays.direction[:, rows, columns].T * hits.range[rows, columns, None]
-        ground_label, material = street.ground.surface(place[:, 0], place[:, 1])
-        label[rows, columns], surfaces[rows, columns] = ground_label, _TABLE[material]
+        label[rows, columns], material, shade = street.ground.surface(place[:, 0], place[:, 1])
+        surfaces[rows, columns] = _TABLE[material]
+        surfaces[rows, columns, 0] *= shade
 
         # 2) What the sensor makes of it.
         measured = self.lidar.measure(hits, Surface(*np.moveaxis(surfaces, 2, 0)), self._rng(SCAN, frame))

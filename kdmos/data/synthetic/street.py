@@ -14,7 +14,7 @@ from kdmos.data.synthetic.raycast import Body
 from kdmos.data.synthetic.scenes import StreetSettings
 from kdmos.data.synthetic.things import SIGHT, VEHICLES, Footprints, Parking, Thing, furnish
 from kdmos.data.synthetic.traffic import (
-    EGO_RADIUS,
+    EGO_CLEARANCE,
     MARGIN,
     MOVING_DISTANCE,
     MOVING_WINDOW,
@@ -110,7 +110,10 @@ def make_street(rng: Generator, duration: float, settings: StreetSettings | None
     heights = rng.uniform(0, 1, 3) * (0.6, 0.25, 0.12)
     hills = np.stack([heights, rates * np.cos(toward), rates * np.sin(toward), phase], 1)
     paved = style == "urban" or rng.random() < 0.2
-    ground = Ground((main, *side_roads), rng.uniform(2.0, 5.0), bool(paved), rng.uniform(0.05, 0.16), hills)
+    curb = rng.uniform(0.05, 0.16) if rng.random() < 0.75 else rng.uniform(0.0, 0.03)
+    # No two streets have the same asphalt: what a vehicle stands on must not tell whether it is parked.
+    shades = tuple((name, float(np.exp(rng.normal(0, 0.3)))) for name in ("asphalt", "paving", "grass"))
+    ground = Ground((main, *side_roads), rng.uniform(2.0, 5.0), bool(paved), curb, hills, shades=shades)
 
     ego_path, ego_speed = _ego(ground, manoeuvre, speed, length, steps, rng)
     travelled = np.concatenate([[0], np.cumsum(ego_speed[1:] + ego_speed[:-1]) / 2 * STEP])
@@ -172,7 +175,7 @@ def _ego(ground: Ground, manoeuvre: str, speed: float, length: float, steps: int
 def _clear_way(things: list[Thing], ground: Ground, ego_xy: np.ndarray, ego_yaw: np.ndarray) -> list[Thing]:
     """The things that stand neither in the vehicle's way nor reach far into a road."""
     footprints = Footprints(things)
-    blocked = set(footprints.touched(ego_circles(ego_xy, ego_yaw, round(0.1 / STEP)), EGO_RADIUS).tolist())
+    blocked = set(footprints.touched(ego_circles(ego_xy, ego_yaw, round(0.1 / STEP)), EGO_CLEARANCE).tolist())
     corners = footprints.corners()
     on_road = (ground.raised(corners[..., 0], corners[..., 1]) < -0.5).any(1)
     blocked.update(int(index) for index in footprints.index[on_road] if things[index].label not in VEHICLES)

@@ -104,7 +104,7 @@ def furnish(
             _fence_in(row, style)
             _build(row, style, front)
             _close_the_view(row, front)
-    return things
+    return things + _strays(ground, rng.uniform(*settings.strays), length, things, rng)
 
 
 LARGE = {  # solids, raw id; as often as named
@@ -130,6 +130,24 @@ def _park(row: _Roadside, parking: Parking) -> None:
                 row.put(s + longer / 2, away + rng.normal(0, 0.1), make(rng), label, 6.0, yaw + backwards)
                 s += longer
         s += rng.uniform(*every)
+
+
+def _strays(ground: Ground, each: float, length: float, things: list[Thing], rng: Generator) -> list[Thing]:
+    """Vehicles that stand where none is expected, half of them along the road; `each` 50 m."""
+    road, found = ground.roads[0], []
+    for s in rng.uniform(-SIGHT, length + SIGHT, rng.poisson(each * (length + 2 * SIGHT) / 50)):
+        make, label = list(LARGE.values())[rng.integers(len(LARGE))] if rng.random() < 0.4 else (shapes.car, 10)
+        xy = road.point(s, rng.choice([-1, 1]) * rng.uniform(0.6 * road.lane, road.half + 6.0))
+        yaw = road.heading(s) + rng.choice([0, np.pi]) + rng.normal(0, 0.06)
+        if rng.random() < 0.5:
+            yaw = rng.uniform(0, 2 * np.pi)
+        z = float(ground.height(*(np.array([value]) for value in xy))[0])
+        stray = Thing(Body(make(rng), np.array([*xy, z]), yaw), label, rng.uniform(0.5, 1.4))
+        half = max(part.high[0] for part in stray.body.solids)
+        along = np.arange(0.6 - half, half, 0.8)[:, None] * [np.cos(yaw), np.sin(yaw)]
+        if not len(Footprints([*things, *found]).touched((xy + along)[None], 1.1)):
+            found.append(stray)
+    return found
 
 
 def _scatter(row: _Roadside, clutter: float, front: float) -> None:

@@ -22,6 +22,7 @@ MOVING_DISTANCE = 0.15  # ... this far, metres, to be labelled moving then
 EGO_RADIUS = 1.3  # metres, of the circles that the vehicle covers
 BRAKING = 2.5  # m/s^2, as hard as anything brakes or speeds up
 ROOM = 0.2  # metres between the circles of two
+EGO_CLEARANCE = 1.15  # metres, of its circles to what stands
 CLEARANCE = 0.9  # of the circles of a mover, which are wider than what they cover, to what stands
 
 
@@ -76,7 +77,7 @@ KINDS = {
     "person": Kind(shapes.person, 30, 254, 0.24, 0.4, (0.0,), (0.6, 1.9)),
 }
 RATES = {  # how many a sequence of ten scans' length meets, and for how many each second more
-    "car": (2.2, 0.5), "slow car": (0.7, 0.12), "van": (0.6, 0.15), "truck": (0.2, 0.06), "bus": (0.1, 0.04),
+    "car": (2.2, 0.5), "slow car": (0.4, 0.08), "van": (0.6, 0.15), "truck": (0.2, 0.06), "bus": (0.1, 0.04),
     "cyclist": (1.3, 0.3), "motorcyclist": (0.6, 0.14), "person": (4.0, 0.8),
 }  # fmt: skip
 
@@ -227,19 +228,21 @@ def _queue(traffic: Traffic, rng: Generator) -> list[Mover]:
     """Vehicles that stand one behind another: for good, until they start one after the other, or as they arrive."""
     road, forwards = traffic.ground.roads[0], rng.random() < 0.4
     path = traffic.lane((-0.5 if forwards else 0.5) * road.lane + rng.uniform(-0.3, 0.3), forwards)
-    step, how = traffic.step(rng.uniform(0, traffic.duration)), rng.choice(["stands", "starts", "arrives"])
+    step = traffic.step(rng.uniform(0, traffic.duration))
+    how = rng.choice(["stands", "starts", "arrives"], p=[0.5, 0.25, 0.25])
     place = path.nearest(traffic.ego_xy[step]) + rng.uniform(0, 35)
     turning_point = rng.uniform(0, 0.7) * traffic.duration  # when the first one starts or has arrived
+    speed = rng.uniform(2.0, 7.0)  # of all of them, or they would run into each other
     found, time = [], np.arange(traffic.steps) * STEP - MARGIN
     for number in range(rng.integers(2, 9)):
         kind = str(rng.choice(["car", "van", "truck", "bus", "motorcyclist"], p=[0.6, 0.2, 0.08, 0.06, 0.06]))
         half = _half_length(kind)
         place -= half
-        wait, speed = turning_point + number * rng.uniform(0.7, 1.6), rng.uniform(2.0, 8.0)
+        wait = turning_point + number * rng.uniform(0.7, 1.6)
         if how == "starts":
             mover = _mover(kind, path, 0, place, np.where(time < wait, 0.0, speed), rng)
         elif how == "arrives":
-            brakes = wait - speed / BRAKING
+            brakes = 0.3 * traffic.duration + wait - speed / BRAKING
             mover = _mover(kind, path, traffic.steps - 1, place, np.where(time < brakes, speed, 0.0), rng)
         else:
             mover = _mover(kind, path, 0, place, np.zeros(traffic.steps), rng)
