@@ -29,7 +29,7 @@ SCANS = 8
 @pytest.fixture(scope="module")
 def drive():
     """A drive around a bend: scans and true poses."""
-    sequence = SyntheticSequence(1, 0, SCANS, SENSORS["small"])
+    sequence = SyntheticSequence(7, 0, SCANS, SENSORS["small"])
     return [sequence.scan(frame).points for frame in range(SCANS)], sequence.poses()
 
 
@@ -184,8 +184,8 @@ def test_a_scan_that_cannot_be_read_gets_the_last_motion(tmp_path, drive):
 
 
 def test_missing_frame_numbers_lengthen_the_motion(tmp_path):
-    sequence = SyntheticSequence(3, 0, 15, SENSORS["small"])
-    frames = (*range(8), 14)  # the sensor drives 5 m over the gap
+    sequence = SyntheticSequence(8, 0, 15, SENSORS["small"])
+    frames = (*range(8), 14)  # the sensor drives 7 m over the gap
     for frame in frames:
         np.save(tmp_path / f"{frame}.npy", sequence.scan(frame).points)
     true = np.linalg.inv(sequence.poses()[0]) @ sequence.poses()[list(frames)]
