@@ -109,10 +109,10 @@ class Traffic:
     def step(self, time: float) -> int:
         return round((time + MARGIN) / STEP)
 
-    def lane(self, offset: float, forwards: bool, reach: float | None = None) -> Path:
+    def lane(self, offset: float, forwards: bool) -> Path:
         """Along the main road, `offset` metres to the left of its middle, passing the vehicle."""
         road, middle = self.ground.roads[0], self.ego_xy[self.steps // 2, 0]
-        reach = self.reach + np.abs(self.ego_xy[:, 0] - middle).max() if reach is None else reach
+        reach = self.reach + np.abs(self.ego_xy[:, 0] - middle).max()
         line = road.point(np.arange(middle - reach, middle + reach, 1.0), offset)
         return Path(line if forwards else line[::-1])
 
