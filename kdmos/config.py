@@ -59,6 +59,7 @@ class AugmentConfig(Strict):
     flip: bool = True  # x and y, each with probability 1/2
     translation: NotNegative = 0.1  # metres, standard deviation per axis
     remission: Share = 0.0  # of the scans that get another one: gain, gamma, patches; see `draw_remission`
+    false_motion: Share = 0.0  # of the scans in which some of what stands seems to move; see `add_false_motion`
 
 
 class DistillConfig(Strict):
@@ -72,10 +73,11 @@ class DistillConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """SGD, and how its learning rate moves."""
+    """The optimiser of a student, and how its learning rate moves."""
 
+    kind: Literal["sgd", "adamw"] = "sgd"  # the authors take sgd; adamw needs about a tenth of its learning rate
     lr: Positive = 0.01
-    momentum: NotNegative = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of adamw: the first beta
     weight_decay: NotNegative = 1e-4
     warmup_epochs: NotNegative = 1.0  # linear from 0 to lr
     decay: Positive = 0.99  # factor per epoch, applied per step

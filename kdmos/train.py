@@ -25,7 +25,14 @@ from kdmos.card import write_card
 from kdmos.checkpoint import write_atomic
 from kdmos.command import fail, run
 from kdmos.config import Config, RunConfig, TeacherConfig, dump_config, load_config
-from kdmos.data.augment import apply_transforms, change_remission, draw_remission, draw_transform
+from kdmos.data.augment import (
+    add_false_motion,
+    apply_transforms,
+    change_remission,
+    draw_false_motion,
+    draw_remission,
+    draw_transform,
+)
 from kdmos.data.batch import PackedBatch
 from kdmos.data.dataset import EpochOrder, MosDataset, ResumableLoader, WindowDataset, step_seed
 from kdmos.data.labels import IGNORE
@@ -48,6 +55,7 @@ try:
 except ModuleNotFoundError as error:
     fail("train", f"{error.name} is not installed, and training needs it: pip install 'kdmos[train]'")
 
+ADAM_BETA = 0.99  # second beta: runs of some thousand steps are short for the usual 0.999
 STATE, BEST, LAST = "state.ckpt", "best.safetensors", "last.safetensors"
 
 # --- the data
@@ -321,7 +329,11 @@ class Training(ModelTraining):
         changes = [draw_remission(seed, epoch, scan, augment.remission) for scan in batch.scans]
         points = apply_transforms(batch.points, batch.offsets, np.stack(transforms))
         points = change_remission(points, batch.offsets, changes)
-        return self.total(self.losses(self.student(points, batch.offsets, batch.residual), batch), batch, batch_index)
+        false = [draw_false_motion(seed, epoch, scan, augment.false_motion) for scan in batch.scans]
+        still = batch.labels != self.student.moving
+        grid = self.student.settings.motion.grid
+        residual = add_false_motion(batch.points, batch.offsets, batch.residual, still, grid, false)
+        return self.total(self.losses(self.student(points, batch.offsets, residual), batch), batch, batch_index)
 
     def validation_step(self, batch: PackedBatch, batch_index: int) -> None:
         predicted = self.student(batch.points, batch.offsets, batch.residual).point_logits.argmax(1)
@@ -346,9 +358,11 @@ class Training(ModelTraining):
 
     def configure_optimizers(self) -> dict:
         setting = self.config.optimizer
-        optimizer = torch.optim.SGD(
-            self.student.parameters(), setting.lr, setting.momentum, weight_decay=setting.weight_decay
-        )
+        weights, decay = self.student.parameters(), setting.weight_decay
+        if setting.kind == "adamw":
+            optimizer = torch.optim.AdamW(weights, setting.lr, (setting.momentum, ADAM_BETA), weight_decay=decay)
+        else:
+            optimizer = torch.optim.SGD(weights, setting.lr, setting.momentum, weight_decay=decay)
         factor = learning_rate_factor(self.steps_per_epoch(), setting.warmup_epochs, setting.decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -166,7 +166,7 @@ def test_an_override_keeps_its_neighbours():
         ("optimizer.moment", "unknown key optimizer.moment; did you mean momentum?"),
         (
             "optimizer.betas",
-            "unknown key optimizer.betas; known here: lr, momentum, weight_decay, warmup_epochs, decay",
+            "unknown key optimizer.betas; known here: kind, lr, momentum, weight_decay, warmup_epochs, decay",
         ),
         ("data.rot", "unknown key data.rot; did you mean root?"),
         ("augment.flips", "unknown key augment.flips; did you mean flip?"),

@@ -131,13 +131,28 @@ def test_ctrl_c_says_how_to_go_on(data, tmp_path):
     assert stopped.stderr.strip().splitlines()[-1] == "kdmos train: interrupted; what was finished is kept"
 
 
-def test_accumulated_steps_and_a_resumed_longer_run(data, tmp_path):
-    more = ("accumulate=2", "augment.flip=false")
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_accumulated_steps_and_a_resumed_longer_run(kind, data, tmp_path):
+    more = ("accumulate=2", "augment.flip=false", f"optimizer.kind={kind}")
     train.fit(config(data, tmp_path / "run", *more))
     train.fit(config(data, tmp_path / "run", *more, "epochs=3"), resume=True)
     train.fit(config(data, tmp_path / "whole", *more, "epochs=3"))
     assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert torch.load(tmp_path / "run" / train.STATE, weights_only=True)["global_step"] == 9  # 3 of 5 batches an epoch
+
+
+def test_adamw_steps_by_its_learning_rate(data, tmp_path):
+    """Its first step moves each weight by the learning rate, whatever the gradient's size."""
+    settings = ["optimizer.kind=adamw", "optimizer.lr=0.001", "optimizer.weight_decay=0", "optimizer.warmup_epochs=0"]
+    settings += ["batch_size=8", "epochs=1", "augment.remission=0.5", "augment.false_motion=1"]
+    module = train.fit(config(data, tmp_path / "run", *settings))
+    before = train.Training(module.config).student.state_dict()
+    steps = module.trainer.global_step
+    for name, parameter in module.student.named_parameters():
+        moved = (parameter.detach() - before[name]).abs()
+        assert moved.max() <= 0.001 * steps * 1.5, name
+        if parameter.ndim > 1:  # a bias in front of a norm has no gradient
+            assert moved.max() > 0.0005, name
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(uninterrupted, data):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kdmos.data.batch import ScanId
-from kdmos.ops.reference import scan_index
+from kdmos.ops.reference import project, scan_index
+from kdmos.settings import ResidualGrid
 
 
 def draw_transform(
@@ -115,11 +116,101 @@ def _changed(points: Tensor, change: RemissionChange) -> Tensor:
     x, y, z = (points[:, :3] / change.patch).floor().to(torch.int64).unbind(1)
     # 16 bits of a patch's hash say whether it is dark, 16 others its factor
     mixed = (x * 73856093) ^ (y * 19349663) ^ (z * 83492791) ^ change.key
-    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D
-    mixed = (mixed ^ (mixed >> 13)) * 0x297A2D39
+    mixed = _mixed(mixed)
     low, high = (mixed >> 8) & 0xFFFF, (mixed >> 24) & 0xFFFF
     factor = ((high / 0x8000 - 1) * change.spread).exp() * (low >= change.dark * 0x10000)
     return (change.gain * points[:, 3].clamp(0, 1) ** change.gamma * factor).clamp(0, 1)
+
+
+class FalseMotion(NamedTuple):
+    """What `add_false_motion` puts into a scan's motion channels.
+
+    share: Of the cells that get some. rows: Neighbouring yaw rows that get it together. key: Which cells.
+    """
+
+    share: float
+    rows: int
+    key: int
+
+
+MOST_FALSE = 0.4  # of the cells of a scan; what moves has other channels than 0 in nearly all of its cells
+
+
+def draw_false_motion(seed: int, epoch: int, scan: ScanId, share: float) -> FalseMotion | None:
+    """False motion for one scan, the same for the same (seed, epoch, scan) everywhere.
+
+    Args:
+        seed, epoch, scan: What the randomness is a function of.
+        share: Of the scans that are changed, 0..1.
+    Returns: the change; None: none.
+    """
+    rng = _random(seed, epoch, scan, 2)
+    changed, amount, rows, key = (
+        rng.random() < share,
+        rng.uniform(0, MOST_FALSE),
+        rng.integers(1, 5),
+        rng.integers(1 << 31),
+    )
+    return FalseMotion(amount, int(rows), int(key)) if changed else None
+
+
+def add_false_motion(
+    points: Tensor,
+    offsets: Tensor,
+    residual: Tensor,
+    still: Tensor,
+    grid: ResidualGrid,
+    changes: list[FalseMotion | None],
+) -> Tensor:
+    """Give cells of what stands the motion channels of something that came or went.
+
+    An upright side that a wrong pose or a turn of the sensor shifts over a cell's border does this. It fills the cell
+    to its whole height, in at most half of the channels that the scan has: a channel that is 0 all over counts as one
+    that needs scans which are not there.
+
+    Args:
+        points: float32 [N, 4], in the sensor's frame.
+        offsets: int64 [B + 1].
+        residual: float32 [N, K], metres.
+        still: bool [N], which points stand.
+        grid: The residual grid of the channels.
+        changes: Of each scan; None: none.
+    Returns: float32 [N, K], new unless nothing changes; what is not 0 stays.
+    """
+    if not any(changes):
+        return residual
+    out, bounds = residual.clone(), offsets.tolist()
+    for change, start, end in zip(changes, bounds, bounds[1:]):
+        if change is not None:
+            part = residual[start:end]
+            false = _false_motion(points[start:end], part, still[start:end], grid, change)
+            out[start:end] = torch.where(part == 0, false, part)
+    return out
+
+
+def _false_motion(points: Tensor, residual: Tensor, still: Tensor, grid: ResidualGrid, change: FalseMotion) -> Tensor:
+    """[n, K], 0 where there is none."""
+    cell, inside = project(points[:, :3], grid)
+    takes = inside & still
+    low, high = points.new_full((2, grid.rows * grid.columns), math.inf)
+    low.scatter_reduce_(0, cell[takes], points[takes, 2], "amin")
+    high.scatter_reduce_(0, cell[takes], -points[takes, 2], "amin")
+    extent = (-high - low)[cell]  # -inf: an empty cell
+    row, column = cell // grid.columns, cell % grid.columns
+    mixed = _mixed((row // change.rows) * grid.columns + column ^ change.key)
+    chosen = takes & ((mixed >> 8 & 0xFFFF) < change.share * 0x10000)
+    chosen &= (extent >= grid.min_height) & (extent <= grid.max_height)
+    known = residual.any(0)
+    count, place = known.sum(), known.cumsum(0) - 1
+    first, length = (mixed >> 24) % count.clamp(min=1), (mixed >> 32) % (count // 2).clamp(min=1) + 1
+    on = known & (count > 1) & (place >= first[:, None]) & (place < (first + length)[:, None])
+    return torch.where(on & chosen[:, None], extent[:, None], 0.0)
+
+
+def _mixed(key: Tensor) -> Tensor:
+    """Bits that hardly depend on their neighbours', of non-negative int64."""
+    key = (key ^ (key >> 15)) * 0x2C1B3C6D
+    return (key ^ (key >> 13)) * 0x297A2D39 & 0x7FFFFFFFFFFFFFFF
 
 
 def _random(seed: int, epoch: int, scan: ScanId, *purpose: int) -> np.random.Generator:

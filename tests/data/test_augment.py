@@ -11,15 +11,19 @@ import torch
 
 from kdmos import ops
 from kdmos.data.augment import (
+    MOST_FALSE,
     NO_REMISSION,
+    FalseMotion,
     RemissionChange,
+    add_false_motion,
     apply_transforms,
     change_remission,
+    draw_false_motion,
     draw_remission,
     draw_transform,
 )
 from kdmos.data.batch import ScanId, pack
-from kdmos.settings import PolarGrid
+from kdmos.settings import PolarGrid, ResidualGrid
 
 SCAN = ScanId("08", 123)
 DRAWS = 4000
@@ -257,3 +261,79 @@ def test_each_scan_of_a_batch_has_its_own_change():
     assert torch.equal(changed[:100], points[:100])
     torch.testing.assert_close(changed[100:, 3], 0.5 * points[100:, 3])
     assert change_remission(points, offsets, [None] * 3) is points
+
+
+# ---- false motion
+
+
+def a_wall(height=1.5):
+    """Points of an upright wall 6 m ahead, 12 m wide, one column of them each 2 cm."""
+    y, z = np.meshgrid(np.arange(-6, 6, 0.02), np.arange(-1.5, -1.5 + height + 0.01, 0.1), indexing="ij")
+    return torch.from_numpy(np.stack([np.full_like(y, 6.0), y, z, np.full_like(y, 0.3)], -1).reshape(-1, 4)).float()
+
+
+def false_motion(points, change, still=None, known=8):
+    """Channels of which the first `known` are there: one point, of which nothing is expected, has them all."""
+    residual = torch.zeros(len(points) + 1, 8)
+    residual[-1, :known] = 0.5
+    still = torch.ones(len(points), dtype=torch.bool) if still is None else still
+    points, still = torch.cat([points, torch.full((1, 4), 200.0)]), torch.cat([still, torch.ones(1, dtype=torch.bool)])
+    return add_false_motion(points, torch.tensor([0, len(points)]), residual, still, ResidualGrid(), [change])[:-1]
+
+
+def test_false_motion_is_a_function_of_seed_epoch_and_scan():
+    assert draw_false_motion(3, 5, SCAN, 1.0) == draw_false_motion(3, 5, ScanId("08", 123), 1.0)
+    others = [draw_false_motion(*key, 1.0) for key in ((4, 5, SCAN), (3, 6, SCAN), (3, 5, ScanId("08", 124)))]
+    assert len({draw_false_motion(3, 5, SCAN, 1.0), *others}) == 4
+    assert draw_false_motion(3, 5, SCAN, 0.0) is None
+    found = [draw_false_motion(0, 0, ScanId("00", frame), 0.4) for frame in range(DRAWS)]
+    changed = [change for change in found if change is not None]
+    assert abs(len(changed) / DRAWS - 0.4) < 0.03
+    assert all(0 <= change.share <= MOST_FALSE and 1 <= change.rows <= 4 for change in changed)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_false_motion_fills_cells_to_their_height(rows):
+    points = a_wall()
+    found = torch.cat([false_motion(points, FalseMotion(0.3, rows, key)) for key in range(40)])
+    on = found != 0
+    assert abs(on.any(1).float().mean() - 0.3) < 0.04
+    assert on.sum(1)[on.any(1)].min() >= 1 and on.sum(1).max() <= 4
+    # a run of neighbouring channels, the same value in each
+    assert ((on[:, 1:] & ~on[:, :-1]).sum(1) + on[:, 0] <= 1).all()
+    high = found.amax(1)
+    assert (found[on] == high[:, None].expand_as(found)[on]).all()
+    assert found[on].min() >= 0.4 and found[on].max() <= 1.5 + 1e-3 and found[on].mean() > 1.0
+
+
+def test_only_what_stands_and_stood_still_gets_false_motion():
+    points = a_wall()
+    still = points[:, 1] > 0
+    found = false_motion(points, FalseMotion(1.0, 1, 3), still)
+    assert not found[~still].any()
+    assert (found[still] != 0).any(1).float().mean() > 0.9
+    assert not false_motion(a_wall(height=0.3), FalseMotion(1.0, 1, 3)).any()  # lower than any true one
+
+
+@pytest.mark.parametrize("known", [0, 1, 2, 5])
+def test_false_motion_is_in_half_of_the_channels_that_the_scan_has(known):
+    found = false_motion(a_wall(), FalseMotion(1.0, 1, 3), known=known) != 0
+    assert not found[:, known:].any()
+    assert found.sum(1).max() == known // 2
+
+
+def test_true_motion_stays():
+    points, true = a_wall(), torch.full((len(a_wall()), 8), 0.7)
+    offsets, still = torch.tensor([0, len(points)]), torch.ones(len(points), dtype=torch.bool)
+    assert torch.equal(add_false_motion(points, offsets, true, still, ResidualGrid(), [FalseMotion(1.0, 1, 3)]), true)
+
+
+def test_each_scan_of_a_batch_has_its_own_false_motion():
+    wall, offsets = a_wall(), torch.tensor([0, len(a_wall()), 2 * len(a_wall())])
+    points, residual = torch.cat([wall, wall]), torch.zeros(2 * len(wall), 8)
+    residual[::7] = 0.5
+    still, grid = torch.ones(2 * len(wall), dtype=torch.bool), ResidualGrid()
+    changed = add_false_motion(points, offsets, residual, still, grid, [None, FalseMotion(0.5, 2, 1)])
+    assert torch.equal(changed[: len(wall)], residual[: len(wall)])
+    assert (changed[len(wall) :] != residual[len(wall) :]).any()
+    assert add_false_motion(points, offsets, residual, still, grid, [None, None]) is residual

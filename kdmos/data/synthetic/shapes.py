@@ -62,21 +62,29 @@ def van(rng: Generator) -> list[Solid]:
     belt, cab = rng.uniform(0.9, 1.15), front - rng.uniform(1.2, 1.6)
     back = cab - rng.uniform(0.3, 0.6) * length
     glazed = rng.random() < 0.4  # a minibus, else a panel van
+    lean = rng.uniform(0.0, 0.08) * (rng.random() < 0.5)  # many sides are upright from sill to roof
 
     def body(x0: float, x1: float, z0: float, z1: float, lean: float) -> Solid:
         return frustum((x0, x1, -side, side), (x0, x1, lean - side, side - lean), (z0, z1), M["paint"])
 
     upper = (belt, height - 0.2)
     high = [
-        frustum((start, end, 0.02 - side, side - 0.02), (start, end, 0.08 - side, side - 0.08), upper, M["glass"], 0.4)
+        frustum(
+            (start, end, 0.02 - side, side - 0.02),
+            (start, end, 0.02 + lean - side, side - 0.02 - lean),
+            upper,
+            M["glass"],
+            0.4,
+        )
         if glazed
-        else body(start, end, *upper, 0.06)
+        else body(start, end, *upper, lean)
         for start, end in ((rear, back), (back, cab))
     ]
+    roof = side - lean - rng.uniform(0.0, 0.1)
     solids = [
         *(body(start, end, 0.25, belt, 0.0) for start, end in ((rear, back), (back, cab), (cab, front))),
         *high,
-        box((rear, 0.1 - side, height - 0.2), (cab, side - 0.1, height), M["paint"]),
+        box((rear, -roof, height - 0.2), (cab, roof, height), M["paint"]),
         frustum(
             (cab, front - 0.6, 0.05 - side, side - 0.05),
             (cab, cab + 0.2, 0.1 - side, side - 0.1),
