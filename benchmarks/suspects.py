@@ -41,11 +41,14 @@ VAN = 4  # instance of kitti-raw-0005-b's parked van
 
 @dataclass(frozen=True)
 class Variant:
-    """streets: None: those of --before. remission: Share of the scans whose remission changes. epochs: Of training."""
+    """streets: None: those of --before. remission, false_motion: Share of the scans that get other remission or false
+    motion. epochs: Of training. more: Other settings of the run."""
 
     streets: SynthSettings | None = STREETS
     remission: float = 0.0
+    false_motion: float = 0.0
     epochs: int = 1
+    more: tuple[str, ...] = ()
 
 
 ALL = replace(STREETS, sensor=None, compensate=None, drift=1.0, jitter=1.0, scene="street")
@@ -54,6 +57,8 @@ VARIANTS = {
     "before, remission changed": Variant(None, remission=0.8),
     "sparse": Variant(),
     "remission changed": Variant(remission=0.8),
+    "false motion": Variant(false_motion=0.4),
+    "nothing slow": Variant(replace(STREETS, scene="sparse_brisk")),
     "raw": Variant(replace(STREETS, compensate=False)),
     "poses": Variant(replace(STREETS, drift=1.0, jitter=1.0)),
     "parked": Variant(replace(STREETS, scene="sparse_parked")),
@@ -61,7 +66,8 @@ VARIANTS = {
     "clutter": Variant(replace(STREETS, scene="sparse_clutter")),
     "sensors": Variant(replace(STREETS, sensor=None)),
     "twice as long": Variant(epochs=2),
-    "all": Variant(ALL, remission=0.8),
+    "adamw": Variant(more=("optimizer.kind=adamw", "optimizer.lr=0.0005", "optimizer.weight_decay=0.01")),
+    "all": Variant(ALL, remission=0.8, false_motion=0.4),
 }
 
 
@@ -84,7 +90,9 @@ def train(variant: Variant, name: str, seed: int, init: Path, data: Path, output
                 "optimizer.warmup_epochs=0.1",
                 "optimizer.decay=0.1",
                 f"augment.remission={variant.remission}",
+                f"augment.false_motion={variant.false_motion}",
                 f"epochs={variant.epochs}",
+                *variant.more,
             ],
         )
     )

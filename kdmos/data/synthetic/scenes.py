@@ -79,6 +79,9 @@ SCENES = {
     ),
     "sparse_acts": replace(_SPARSE, ego=_USUAL.ego, acts=_USUAL.acts),
     "sparse_clutter": replace(_SPARSE, clutter=_USUAL.clutter),
+    "sparse_brisk": replace(
+        _SPARSE, kinds=("car", "van", "truck", "bus", "cyclist", "motorcyclist", "person"), stops=0.0
+    ),
     "parked": replace(
         _QUIET, styles=_TOWN, ego=_STRAIGHT, speed=(2.0, 14.0), parking=1.0, parked=(0.7, 1.0), large=(0.4, 0.7),
         aside=(2.5, 4.0),
