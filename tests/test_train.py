@@ -142,7 +142,7 @@ def test_accumulated_steps_and_a_resumed_longer_run(kind, data, tmp_path):
 
 
 def test_adamw_steps_by_its_learning_rate(data, tmp_path):
-    """Its first step moves each weight by the learning rate, whatever the gradient's size."""
+    """Its first steps move a weight by the learning rate at most, and by nearly that whatever the gradient's size."""
     settings = ["optimizer.kind=adamw", "optimizer.lr=0.001", "optimizer.weight_decay=0", "optimizer.warmup_epochs=0"]
     settings += ["batch_size=8", "epochs=1", "augment.remission=0.5", "augment.false_motion=1"]
     module = train.fit(config(data, tmp_path / "run", *settings))
@@ -150,7 +150,7 @@ def test_adamw_steps_by_its_learning_rate(data, tmp_path):
     steps = module.trainer.global_step
     for name, parameter in module.student.named_parameters():
         moved = (parameter.detach() - before[name]).abs()
-        assert moved.max() <= 0.001 * steps * 1.5, name
+        assert moved.max() <= 0.001 * steps * 1.01, name
         if parameter.ndim > 1:  # a bias in front of a norm has no gradient
             assert moved.max() > 0.0005, name
 

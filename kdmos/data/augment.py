@@ -115,8 +115,7 @@ def _changed(points: Tensor, change: RemissionChange) -> Tensor:
     """[n], the new remission of a scan."""
     x, y, z = (points[:, :3] / change.patch).floor().to(torch.int64).unbind(1)
     # 16 bits of a patch's hash say whether it is dark, 16 others its factor
-    mixed = (x * 73856093) ^ (y * 19349663) ^ (z * 83492791) ^ change.key
-    mixed = _mixed(mixed)
+    mixed = _mixed((x * 73856093) ^ (y * 19349663) ^ (z * 83492791) ^ change.key)
     low, high = (mixed >> 8) & 0xFFFF, (mixed >> 24) & 0xFFFF
     factor = ((high / 0x8000 - 1) * change.spread).exp() * (low >= change.dark * 0x10000)
     return (change.gain * points[:, 3].clamp(0, 1) ** change.gamma * factor).clamp(0, 1)
@@ -145,12 +144,8 @@ def draw_false_motion(seed: int, epoch: int, scan: ScanId, share: float) -> Fals
     Returns: the change; None: none.
     """
     rng = _random(seed, epoch, scan, 2)
-    changed, amount, rows, key = (
-        rng.random() < share,
-        rng.uniform(0, MOST_FALSE),
-        rng.integers(1, 5),
-        rng.integers(1 << 31),
-    )
+    changed, amount = rng.random() < share, rng.uniform(0, MOST_FALSE)
+    rows, key = rng.integers(1, 5), rng.integers(1 << 31)
     return FalseMotion(amount, int(rows), int(key)) if changed else None
 
 
@@ -208,7 +203,7 @@ def _false_motion(points: Tensor, residual: Tensor, still: Tensor, grid: Residua
 
 
 def _mixed(key: Tensor) -> Tensor:
-    """Bits that hardly depend on their neighbours', of non-negative int64."""
+    """A hash of int64, itself not negative."""
     key = (key ^ (key >> 15)) * 0x2C1B3C6D
     return (key ^ (key >> 13)) * 0x297A2D39 & 0x7FFFFFFFFFFFFFFF
 

@@ -64,8 +64,8 @@ def van(rng: Generator) -> list[Solid]:
     glazed = rng.random() < 0.4  # a minibus, else a panel van
     lean = rng.uniform(0.0, 0.08) * (rng.random() < 0.5)  # many sides are upright from sill to roof
 
-    def body(x0: float, x1: float, z0: float, z1: float, lean: float) -> Solid:
-        return frustum((x0, x1, -side, side), (x0, x1, lean - side, side - lean), (z0, z1), M["paint"])
+    def body(x0: float, x1: float, z0: float, z1: float, inwards: float) -> Solid:
+        return frustum((x0, x1, -side, side), (x0, x1, inwards - side, side - inwards), (z0, z1), M["paint"])
 
     upper = (belt, height - 0.2)
     high = [
