@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kdmos.errors import InputError
 from kdmos.settings import StudentSettings, TeacherSettings
@@ -60,6 +60,7 @@ class AugmentConfig(Strict):
     translation: NotNegative = 0.1  # metres, standard deviation per axis
     remission: Share = 0.0  # of the scans that get another one: gain, gamma, patches; see `draw_remission`
     false_motion: Share = 0.0  # of the scans in which some of what stands seems to move; see `add_false_motion`
+    sectors: Count = 1  # so many scans of a batch become one, a sector of each; see `mix_sectors`
 
 
 class DistillConfig(Strict):
@@ -129,6 +130,12 @@ class Config(RunConfig):
     class_weights: tuple[float, ...] | None = None  # of the cross-entropy, one per class
     distill: DistillConfig | None = None  # null: learn from the labels alone
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _sectors_divide_the_batch(self) -> Config:
+        if self.batch_size % self.augment.sectors:
+            raise ValueError(f"augment.sectors: {self.augment.sectors} does not divide batch_size {self.batch_size}")
+        return self
 
     @property
     def model(self) -> StudentSettings:
@@ -226,7 +233,8 @@ def _explain(error: ValidationError, kind: type[RunConfig]) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
     if first["type"] == "value_error":  # our own words, which say what was given
-        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+        words = first["msg"].removeprefix("Value error, ")
+        return f"{key}: {words}" if key else words
     return f"{key}: {first['msg']}, got {first['input']!r}"
 
 

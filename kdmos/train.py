@@ -31,7 +31,9 @@ from kdmos.data.augment import (
     change_remission,
     draw_false_motion,
     draw_remission,
+    draw_sector,
     draw_transform,
+    mix_sectors,
 )
 from kdmos.data.batch import PackedBatch
 from kdmos.data.dataset import EpochOrder, MosDataset, ResumableLoader, WindowDataset, step_seed
@@ -333,6 +335,10 @@ class Training(ModelTraining):
         still = batch.labels != self.student.moving
         grid = self.student.settings.motion.grid
         residual = add_false_motion(batch.points, batch.offsets, batch.residual, still, grid, false)
+        if augment.sectors > 1:
+            sectors = [draw_sector(seed, epoch, scan) for scan in batch.scans]
+            points, kept, offsets = mix_sectors(points, batch.offsets, residual, ~still, sectors, augment.sectors)
+            residual, batch = residual.index_select(0, kept), batch.rows(kept, offsets)
         return self.total(self.losses(self.student(points, batch.offsets, residual), batch), batch, batch_index)
 
     def validation_step(self, batch: PackedBatch, batch_index: int) -> None:

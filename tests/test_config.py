@@ -330,3 +330,9 @@ def test_another_loss_does_not_inherit_the_options_of_the_yaml_s_loss():
     assert load_config("semantic_kitti", ["distill.loss=dkd"]).distill.options == {}
     given = load_config("semantic_kitti", ["distill.loss=dkd", "distill.options={beta: 2}"])
     assert given.distill.options == {"beta": 2}
+
+
+def test_scans_that_become_one_fill_the_batch():
+    assert load_config(None, ["batch_size=6", "augment.sectors=3"]).augment.sectors == 3
+    with pytest.raises(InputError, match=r"defaults: augment\.sectors: 3 does not divide batch_size 8"):
+        load_config(None, ["augment.sectors=3"])

@@ -133,7 +133,7 @@ def test_ctrl_c_says_how_to_go_on(data, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_accumulated_steps_and_a_resumed_longer_run(kind, data, tmp_path):
-    more = ("accumulate=2", "augment.flip=false", f"optimizer.kind={kind}")
+    more = ("accumulate=2", "augment.flip=false", "augment.sectors=2", f"optimizer.kind={kind}")
     train.fit(config(data, tmp_path / "run", *more))
     train.fit(config(data, tmp_path / "run", *more, "epochs=3"), resume=True)
     train.fit(config(data, tmp_path / "whole", *more, "epochs=3"))

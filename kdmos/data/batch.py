@@ -52,6 +52,11 @@ class PackedBatch:
     def pin_memory(self) -> PackedBatch:
         return self._map(Tensor.pin_memory)
 
+    def rows(self, kept: Tensor, offsets: Tensor) -> PackedBatch:
+        """Of the points, rows `kept` int64 [M] alone, as scans `offsets`; `scans` still names where all came from."""
+        tensors = self._map(lambda t: t if t is self.offsets else t.index_select(0, kept))
+        return replace(tensors, offsets=offsets)
+
     @property
     def num_scans(self) -> int:
         return self.offsets.numel() - 1

@@ -15,14 +15,17 @@ from kdmos.data.augment import (
     NO_REMISSION,
     FalseMotion,
     RemissionChange,
+    Sector,
     add_false_motion,
     apply_transforms,
     change_remission,
     draw_false_motion,
     draw_remission,
+    draw_sector,
     draw_transform,
+    mix_sectors,
 )
-from kdmos.data.batch import ScanId, pack
+from kdmos.data.batch import PackedBatch, ScanId, pack
 from kdmos.settings import PolarGrid, ResidualGrid
 
 SCAN = ScanId("08", 123)
@@ -337,3 +340,71 @@ def test_each_scan_of_a_batch_has_its_own_false_motion():
     assert torch.equal(changed[: len(wall)], residual[: len(wall)])
     assert (changed[len(wall) :] != residual[len(wall) :]).any()
     assert add_false_motion(points, offsets, residual, still, grid, [None, None]) is residual
+
+
+# ---- sectors
+
+
+def test_a_sector_is_a_function_of_seed_epoch_and_scan():
+    assert draw_sector(3, 5, SCAN) == draw_sector(3, 5, ScanId("08", 123))
+    assert len({draw_sector(3, 5, SCAN), draw_sector(4, 5, SCAN), draw_sector(3, 6, SCAN)}) == 3
+    found = [draw_sector(0, 0, ScanId("00", frame)) for frame in range(DRAWS)]
+    for about in ("moving", "evidence", "any"):
+        assert abs(sum(sector.about == about for sector in found) / DRAWS - 1 / 3) < 0.03
+    assert abs(np.mean([sector.pick for sector in found]) - 0.5) < 0.03
+    assert abs(np.mean([sector.place for sector in found]) - 0.5) < 0.03
+
+
+def rings(counts):
+    """Scans of a ring each, 10 m wide, of evenly spread points; the remission says which scan."""
+    scans = []
+    for number, count in enumerate(counts):
+        azimuth = torch.arange(count) * (2 * math.pi / max(count, 1)) + 0.001
+        rest = [torch.full((count,), float(number)), torch.full((count,), number / 10)]
+        scans.append(torch.stack([10 * azimuth.cos(), 10 * azimuth.sin(), *rest], 1))
+    return pack(scans)
+
+
+@pytest.mark.parametrize("about", ["moving", "evidence", "any"])
+def test_scans_become_one_of_a_sector_each(about):
+    points, offsets = rings([900, 900, 900, 600, 600])
+    moving, residual = torch.zeros(len(points), dtype=torch.bool), torch.zeros(len(points), 8)
+    chosen = torch.tensor([offsets[0] + 17, offsets[1] + 450, offsets[2] + 800, offsets[3] + 5, offsets[4] + 300])
+    moving[chosen] = about == "moving"
+    residual[chosen, 3] = 0.5
+    sectors = [Sector(about, 0.0, place) for place in (0.5, 0.1, 0.9, 0.5, 0.25)]
+    if about == "any":
+        chosen = offsets[:-1]  # the first of all
+    mixed, kept, new = mix_sectors(points, offsets, residual, moving, sectors, 3)
+    assert new.tolist()[0] == 0 and len(new) == 3 and new[-1] == len(mixed) == len(kept)
+    assert abs(new[1] - 900) <= 3 and abs(new[2] - new[1] - 600) <= 2  # a third of each of three, half of each of two
+    assert torch.equal(mixed[:, 2:], points[kept, 2:])  # height and remission, row by row
+    assert torch.equal(kept, kept.sort().values) and torch.isin(chosen, kept).all()
+    torch.testing.assert_close(mixed[:, :2].norm(dim=1), points[kept, :2].norm(dim=1))
+    azimuth = torch.atan2(mixed[:, 1], mixed[:, 0]).remainder(2 * math.pi) / (2 * math.pi)
+    scan = (mixed[:, 3] * 10).round()
+    low = torch.tensor([0, 1 / 3, 2 / 3, 0, 0.5])[scan.long()]
+    width = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.5, 0.5])[scan.long()]
+    assert (azimuth >= low).all() and (azimuth <= low + width).all()
+    place = torch.tensor([sector.place for sector in sectors])
+    at = torch.isin(kept, chosen)  # what the sector is about lies where it should
+    torch.testing.assert_close(azimuth[at], low[at] + place * width[at], atol=1e-5, rtol=0)
+
+
+def test_what_a_sector_is_not_about_and_empty_scans():
+    points, offsets = rings([300, 0, 300])
+    nothing = torch.zeros(len(points), dtype=torch.bool), torch.zeros(len(points), 8)
+    mixed, kept, new = mix_sectors(points, offsets, nothing[1], nothing[0], [Sector("moving", 0.3, 0.5)] * 3, 3)
+    assert set(mixed[:, 3].tolist()) == {points[0, 3].item(), points[-1, 3].item()} and len(new) == 2
+    assert abs(len(mixed) - 200) <= 2
+    whole, kept, new = mix_sectors(points, offsets, nothing[1], nothing[0], [Sector("any", 0.3, 0.5)] * 3, 1)
+    assert torch.equal(whole, points) and torch.equal(new, offsets) and torch.equal(kept, torch.arange(len(points)))
+
+
+def test_rows_of_a_batch_belong_together():
+    points, offsets = rings([4, 2])
+    numbers = torch.arange(6)
+    batch = PackedBatch(points, offsets, (SCAN, SCAN), numbers[:, None].float(), numbers.to(torch.uint8))
+    some = batch.rows(torch.tensor([1, 3, 5]), torch.tensor([0, 3]))
+    assert torch.equal(some.points, points[[1, 3, 5]]) and some.residual[:, 0].tolist() == [1, 3, 5]
+    assert some.labels.tolist() == [1, 3, 5] and some.num_scans == 1 and some.teacher_logits is None
