@@ -20,7 +20,7 @@ import torch
 from kdmos.config import load_config
 from kdmos.data.semantic_kitti import find_sequences
 from kdmos.data.synthetic.lidar import SENSORS
-from kdmos.data.synthetic.suite import suite_parts
+from kdmos.data.synthetic.suite import LEAD, suite_parts
 from kdmos.demo import train_once
 from kdmos.errors import InputError
 from kdmos.inference import prepared
@@ -41,21 +41,25 @@ VAN = 4  # instance of kitti-raw-0005-b's parked van
 
 @dataclass(frozen=True)
 class Variant:
-    """streets: None: those of --before. remission, false_motion: Share of the scans that get other remission or false
-    motion. epochs: Of training. more: Other settings of the run."""
+    """streets: None: those of --before. whole: Whether to learn only from scans with a whole window. remission,
+    false_motion: Share of the scans that get other remission or false motion. epochs: Of training. more: Other settings
+    of the run."""
 
     streets: SynthSettings | None = STREETS
+    whole: bool = False
     remission: float = 0.0
     false_motion: float = 0.0
     epochs: int = 1
     more: tuple[str, ...] = ()
 
 
-ALL = replace(STREETS, sensor=None, compensate=None, drift=1.0, jitter=1.0, scene="street")
+LONG = replace(STREETS, scans=34)  # 20 of each 34 have seven scans before and seven after them
+ALL = replace(LONG, sensor=None, compensate=None, drift=1.0, jitter=1.0, scene="street")
 VARIANTS = {
     "before": Variant(None),
     "before, remission changed": Variant(None, remission=0.8),
     "sparse": Variant(),
+    "whole windows": Variant(LONG, whole=True),
     "remission changed": Variant(remission=0.8),
     "false motion": Variant(false_motion=0.4),
     "nothing slow": Variant(replace(STREETS, scene="sparse_brisk")),
@@ -67,12 +71,18 @@ VARIANTS = {
     "sensors": Variant(replace(STREETS, sensor=None)),
     "twice as long": Variant(epochs=2),
     "adamw": Variant(more=("optimizer.kind=adamw", "optimizer.lr=0.0005", "optimizer.weight_decay=0.01")),
-    "all": Variant(ALL, remission=0.8, false_motion=0.4),
+    "all": Variant(ALL, whole=True, remission=0.8, false_motion=0.4),
 }
 
 
 def train(variant: Variant, name: str, seed: int, init: Path, data: Path, output: Path) -> Path:
     """The last checkpoint of a variant's student."""
+    more = list(variant.more)
+    if variant.whole:
+        listed = data / "whole.txt"
+        lead, scans = LEAD, variant.streets.scans
+        listed.write_text("".join(f"{name} {frame:06d}\n" for name in TRAIN for frame in range(lead, scans - lead)))
+        more.append(f"data.drop_static_scans={listed}")
     return train_once(
         load_config(
             "synthetic",
@@ -92,7 +102,7 @@ def train(variant: Variant, name: str, seed: int, init: Path, data: Path, output
                 f"augment.remission={variant.remission}",
                 f"augment.false_motion={variant.false_motion}",
                 f"epochs={variant.epochs}",
-                *variant.more,
+                *more,
             ],
         )
     )

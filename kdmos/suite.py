@@ -124,7 +124,7 @@ def predict_part(part: Part, output: Path, competitor: Competitor, device: torch
 
 def count_part(part: Part, output: Path, predictions: Path, progress: bool = False) -> dict[str, Tally]:
     """What is counted of each sequence of a part, by its name."""
-    scored, _ = find_scored(part.folder(output), predictions, part.sequences)
+    scored, _ = find_scored(part.folder(output), predictions, part.sequences, frames=part.scored)
     with Bar("evaluate", sum(len(one.frames) for one in scored), progress) as bar:
         return {
             one.sequence.name: count_sequence(one, predictions, None, SensorProfile(), bar.advance)[0] for one in scored
@@ -177,7 +177,7 @@ def worst_scan(part: Part, output: Path, predictions: Path, folder: Path) -> Pic
     """
     most = -1
     for sequence in find_sequences(part.folder(output), part.sequences):
-        for frame in sequence.frames:
+        for frame in sorted(part.scored):
             _, truth, predicted = read_scan(sequence, frame, predictions, sequence.num_points(frame))
             wrong = np.count_nonzero(((truth == MOVING) != (predicted == MOVING)) & (truth != UNLABELED))
             if wrong > most:

@@ -26,7 +26,7 @@ from kdmos.data.synthetic.suite import ALL, FIRST_RESERVED_SEED, SUITES, suite_p
 from kdmos.errors import InputError
 
 MANIFEST = "synth.json"  # what a data set was made with
-VERSION = 4  # of the streets: another one makes other data from the same seed
+VERSION = 5  # of the streets: another one makes other data from the same seed
 FINISHED = ("poses.txt", "calib.txt", "times.txt", "tracks.csv")  # of a sequence, beside its scans
 CHUNK = 20  # scans that one process makes of a sequence at a time: a street takes as long to build as a scan to cast
 # Camera 0 looks ahead, its x axis to the right and its y axis down, where the sensor is.

@@ -31,8 +31,10 @@ from kdmos.synth import SynthSettings
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = SensorSettings(beams=((2.0, -22.0, 16),), columns=256, height=1.2, vehicle=None)
 PARTS = [
-    Part("streets", "streets", "Tiny streets.", SynthSettings(TINY, 5, sequences=2, scans=9)),
-    Part("sensors", "raw", "Tiny streets as they were measured.", SynthSettings(TINY, 7, 2, 9, compensate=False)),
+    Part("streets", "streets", "Tiny streets.", SynthSettings(TINY, 5, sequences=2, scans=9), lead=0),
+    Part(
+        "sensors", "raw", "Tiny streets as they were measured.", SynthSettings(TINY, 7, 2, 9, compensate=False), lead=0
+    ),
 ]
 
 
@@ -72,7 +74,8 @@ def exit_code(command, *argv):
 
 def test_parts_are_what_they_say():
     sizes = {name: [(p.settings.sequences, p.settings.scans) for p in suite_parts(name)] for name in SUITES}
-    assert sizes == {"streets": [(24, 40)], "scenes": [(6, 24)] * 11, "sensors": [(4, 24)] * 7}
+    assert sizes == {"streets": [(24, 40)], "scenes": [(6, 30)] * 11, "sensors": [(4, 30)] * 7}
+    assert {part.lead for part in suite_parts()} == {7}
     parts = {part.name: part.settings for part in suite_parts()}
     assert len(parts) == 19 and list(parts) == [part.name for name in SUITES for part in suite_parts(name)]
     scenes = {name: settings.scene for name, settings in parts.items()}
@@ -125,6 +128,16 @@ def test_scores_are_those_of_evaluate(ran):
             assert mean["moving_iou"] == pytest.approx(np.mean(known))
             assert mean["low"] <= mean["moving_iou"] <= mean["high"]
             assert (mean["sequences"], mean["left_out"], scored["tests"]) == (len(known), 2 - len(known), part.tests)
+
+
+def test_scans_without_a_whole_window_do_not_count(ran, tmp_path):
+    part, predictions = PARTS[0]._replace(lead=3), ran[0] / "predictions" / "rule" / "streets" / "streets"
+    assert part.scored == {3, 4, 5}
+    tallies = suite.count_part(part, ran[0], predictions)
+    points = [sequence.num_points(f) for sequence in find_sequences(part.folder(ran[0])) for f in (3, 4, 5)]
+    assert sum(tally.objects.scans for tally in tallies.values()) == 6
+    assert sum(tally.tables.sum() for tally in tallies.values()) == sum(points)
+    assert re.search("scan [345]:", suite.worst_scan(part, ran[0], predictions, tmp_path).caption)
 
 
 def test_results_say_what_they_are_of(ran, student):

@@ -41,11 +41,11 @@ class StreetSettings:
     traffic: Span = (0.2, 1.4)
     kinds: tuple[str, ...] | None = None
     pace: Span | None = None
-    stops: float = 0.3
+    stops: float = 0.15
     acts: tuple[tuple[str, float], ...] = (
-        ("queue", 0.45),
-        ("overtaking", 0.2),
-        ("truck", 0.12),
+        ("queue", 0.35),
+        ("overtaking", 0.12),
+        ("truck", 0.08),
         ("crossing", 0.2),
     )
 

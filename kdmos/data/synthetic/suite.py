@@ -13,11 +13,12 @@ from kdmos.errors import InputError
 if TYPE_CHECKING:
     from kdmos.synth import SynthSettings
 
-SUITE_VERSION = 1  # another one has other data, whose scores compare with none of this one
+SUITE_VERSION = 2  # another one has other data, whose scores compare with none of this one
 FIRST_RESERVED_SEED = 1_000_000  # from here on seeds belong to the suite and its twin, and train nothing
 TWIN_OFFSET = 100_000  # from the seed of a part to that of its twin
 SUITES = ("streets", "scenes", "sensors")
 ALL = "all"
+LEAD = 7  # scans before and after those that count: as many as a whole window needs
 HDL64 = SENSORS["hdl64"]
 
 
@@ -25,12 +26,14 @@ class Part(NamedTuple):
     """One data set of a suite.
 
     suite, name: Also the folders it lies in. tests: What it is there for, in a line. settings: What makes it.
+    lead: Scans at either end of each sequence that do not count.
     """
 
     suite: str
     name: str
     tests: str
     settings: SynthSettings
+    lead: int = LEAD
 
     def folder(self, output: Path) -> Path:
         """Where it lies below the suites' folder."""
@@ -40,6 +43,11 @@ class Part(NamedTuple):
     def sequences(self) -> list[str]:
         """Names of its sequences."""
         return [f"{number:02d}" for number in range(self.settings.sequences)]
+
+    @property
+    def scored(self) -> frozenset[int]:
+        """Frames that count, of each sequence."""
+        return frozenset(range(self.lead, self.settings.scans - self.lead))
 
     @property
     def is_twin(self) -> bool:
@@ -91,7 +99,7 @@ def _scenes(offset: int) -> Iterable[Part]:
         "odometry": (11, poses, "Streets with the poses of an odometry, which drift and jitter."),
     }
     for name, (number, changes, tests) in scenes.items():
-        yield _part("scenes", name, tests, offset + 100 + number, **{"scene": name, **changes}, sequences=6, scans=24)
+        yield _part("scenes", name, tests, offset + 100 + number, **{"scene": name, **changes}, sequences=6, scans=30)
 
 
 def _sensors(offset: int) -> Iterable[Part]:
@@ -107,7 +115,7 @@ def _sensors(offset: int) -> Iterable[Part]:
         "no_remission": (replace(HDL64, has_remission=False), "A sensor that gives no remission."),
     }
     for name, (sensor, tests) in sensors.items():
-        yield _part("sensors", name, tests, offset + 201, sensor, sequences=4, scans=24)
+        yield _part("sensors", name, tests, offset + 201, sensor, sequences=4, scans=30)
 
 
 _PARTS = {"streets": _streets, "scenes": _scenes, "sensors": _sensors}

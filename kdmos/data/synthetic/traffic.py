@@ -67,18 +67,18 @@ class Kind(NamedTuple):
 FASTEST = 14.0  # m/s, of all kinds
 STOPPERS = ("car", "slow car", "van", "person")
 KINDS = {
-    "car": Kind(shapes.car, 10, 252, np.inf, 1.05, (-1.4, 0.0, 1.4), (3.0, 14.0)),
+    "car": Kind(shapes.car, 10, 252, np.inf, 1.05, (-1.4, 0.0, 1.4), (5.0, 14.0)),
     "slow car": Kind(shapes.car, 10, 252, np.inf, 1.05, (-1.4, 0.0, 1.4), (0.6, 2.0)),
-    "van": Kind(shapes.van, 20, 259, np.inf, 1.15, (-1.8, 0.0, 1.8), (3.0, 13.0)),
-    "truck": Kind(shapes.truck, 18, 258, np.inf, 1.4, (-3.2, -1.6, 0.0, 1.6, 3.2), (3.0, 11.0)),
-    "bus": Kind(shapes.bus, 13, 257, np.inf, 1.4, (-4.4, -2.2, 0.0, 2.2, 4.4), (3.0, 11.0)),
+    "van": Kind(shapes.van, 20, 259, np.inf, 1.15, (-1.8, 0.0, 1.8), (5.0, 13.0)),
+    "truck": Kind(shapes.truck, 18, 258, np.inf, 1.4, (-3.2, -1.6, 0.0, 1.6, 3.2), (5.0, 12.0)),
+    "bus": Kind(shapes.bus, 13, 257, np.inf, 1.4, (-4.4, -2.2, 0.0, 2.2, 4.4), (5.0, 12.0)),
     "cyclist": Kind(shapes.cyclist, 31, 253, 0.9, 0.6, (-0.5, 0.5), (2.2, 7.0)),
     "motorcyclist": Kind(shapes.motorcyclist, 32, 255, np.inf, 0.6, (-0.5, 0.5), (1.5, 14.0)),
     "person": Kind(shapes.person, 30, 254, 0.24, 0.4, (0.0,), (0.6, 1.9)),
 }
 RATES = {  # how many a sequence of ten scans' length meets, and for how many each second more
-    "car": (2.2, 0.5), "slow car": (0.4, 0.08), "van": (0.6, 0.15), "truck": (0.2, 0.06), "bus": (0.1, 0.04),
-    "cyclist": (1.3, 0.3), "motorcyclist": (0.6, 0.14), "person": (4.0, 0.8),
+    "car": (4.0, 1.0), "slow car": (0.3, 0.06), "van": (0.8, 0.2), "truck": (0.25, 0.06), "bus": (0.12, 0.04),
+    "cyclist": (2.0, 0.5), "motorcyclist": (0.9, 0.2), "person": (6.0, 1.2),
 }  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def _passer_by(traffic: Traffic, kind: str, rng: Generator) -> Mover | None:
     step = traffic.step(time)
     ego = traffic.ego_xy[step]
     path = _path(traffic.ground, kind, ego, traffic.reach, rng)
-    meeting = path.nearest(ego) + (rng.uniform(-12, 12) if kind == "person" else rng.uniform(-25, 35))
+    meeting = path.nearest(ego) + (rng.uniform(-15, 20) if kind == "person" else rng.uniform(-25, 40))
     target = np.full(traffic.steps, rng.uniform(*(settings.pace or KINDS[kind].speed)))
     if kind in STOPPERS and rng.random() < settings.stops:
         target = with_stop(target, rng)
