@@ -71,6 +71,7 @@ VARIANTS = {
     "sensors": Variant(replace(STREETS, sensor=None)),
     "twice as long": Variant(epochs=2),
     "adamw": Variant(more=("optimizer.kind=adamw", "optimizer.lr=0.0005", "optimizer.weight_decay=0.01")),
+    "sectors": Variant(epochs=3, more=("batch_size=3", "augment.sectors=3")),  # as many steps
     "all": Variant(ALL, whole=True, remission=0.8, false_motion=0.4),
 }
 
@@ -96,6 +97,10 @@ def train(variant: Variant, name: str, seed: int, init: Path, data: Path, output
                 "data.workers=0",
                 f"output={output / 'students' / f'{name} {seed}'}",
                 "student.grid.bins=[240, 180, 32]",
+                "batch_size=1",
+                "augment.sectors=1",
+                "optimizer.kind=sgd",
+                "optimizer.weight_decay=0.0001",
                 "optimizer.lr=0.005",
                 "optimizer.warmup_epochs=0.1",
                 "optimizer.decay=0.1",

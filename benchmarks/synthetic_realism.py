@@ -108,7 +108,8 @@ class Statistics:
 
     points: a scan. counts: histogram by name of `HISTOGRAMS`. scored: points whose motion channels count, by ring;
     changed: of these, with a non-zero channel. complete, ruled: the same in scans that have all channels, and of
-    these, moving by the rule. moving: share of moving points in the view of each scan. texture: mean over the scans.
+    these, moving by the rule. movers: moving points of these scans, by whether the rule finds them. moving: share of
+    moving points in the view of each scan. texture: mean over the scans.
     """
 
     points: float
@@ -117,6 +118,7 @@ class Statistics:
     changed: np.ndarray
     complete: np.ndarray
     ruled: np.ndarray
+    movers: np.ndarray
     moving: np.ndarray
     texture: Texture
 
@@ -206,7 +208,7 @@ def statistics(drive: Drive, calib: dict | None = None, synthetic: bool = True, 
     counts = {name: np.zeros(len(edges) - 1) for name, edges in HISTOGRAMS.items()}
     counts["beam"] = np.zeros(beams)
     scored, changed, complete, ruled = np.zeros((4, len(RINGS) - 1))
-    settings, moving = MotionSettings(), []
+    settings, moving, movers = MotionSettings(), [], np.zeros(2)
     residuals = motion_channels(drive.scans, drive.poses)
     for i, (points, residual) in enumerate(zip(drive.scans, residuals)):
         distance = np.hypot(points[:, 0], points[:, 1])
@@ -229,11 +231,13 @@ def statistics(drive: Drive, calib: dict | None = None, synthetic: bool = True, 
             complete += np.histogram(distance[static], RINGS)[0]
             rule = moving_by_rule(torch.from_numpy(residual)).numpy()
             ruled += np.histogram(distance[static & rule], RINGS)[0]
+            if drive.labels is not None:
+                movers += np.bincount(rule[is_moving & view], minlength=2)
         sizes = residual[nonzero]
         counts["magnitude"] += np.histogram(sizes[sizes != 0], MAGNITUDES)[0]
     points = sum(map(len, drive.scans)) / len(drive.scans)
     like = Texture(*np.mean([texture(scan) for scan in drive.scans], 0))
-    return Statistics(points, counts, scored, changed, complete, ruled, np.array(moving), like)
+    return Statistics(points, counts, scored, changed, complete, ruled, movers, np.array(moving), like)
 
 
 def read_drive(sequence: Sequence, scans: int, seam: float) -> Drive:
@@ -286,6 +290,7 @@ VALUES = {  # name: (of a drive, unit)
     "points": (lambda s: s.points, "points a scan"),
     "nonzero": (lambda s: _share(s.changed, s.scored), "share of static points"),
     "rule": (lambda s: _share(s.ruled, s.complete), "share of static points"),
+    "found": (lambda s: _share(s.movers[1], s.movers), "share of moving points"),
     "moving": (lambda s: float(s.moving.mean()) if len(s.moving) else float("nan"), "share of points in view"),
     "zeros": (lambda s: s.texture.zeros, "share of points, to 30 m"),
     "zeros_alone": (lambda s: s.texture.alone, "share of points between two with remission"),

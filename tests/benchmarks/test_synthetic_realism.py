@@ -83,6 +83,7 @@ def test_counts_of_a_hand_made_drive():
     assert found.counts["remission"][15] == 54 * 16  # 0.30 and 0.31
     assert np.allclose(found.moving, 9 / 54)
     # The 9 moving points and the one beside them, on the same ring, do not count as static.
+    assert found.movers.tolist() == [9 * 2, 0]  # of the two scans that have all channels; the rule finds none
     assert found.scored.sum() == 44 * 16 and found.complete.sum() == 44 * 2
     assert found.changed.sum() == found.ruled.sum() == found.counts["magnitude"].sum() == 0
 
