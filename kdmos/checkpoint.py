@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,14 @@ def _load_foreign(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise InputError(f"{path}: holds no state_dict (a dict of tensors)")
     return tensors
+
+
+def code_commit() -> str | None:
+    """The commit this code is at, if it lies in a git checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        top, commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:2]
+        return commit if Path(top) == here.parent else None  # not of a project that this package lies in
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from kdmos import __version__
-from kdmos.checkpoint import write_atomic
+from kdmos.checkpoint import code_commit, write_atomic
 from kdmos.command import Bar, run
 from kdmos.data.profile import SensorProfile
 from kdmos.data.semantic_kitti import find_sequences
@@ -240,7 +240,7 @@ def run_suite(
                 "twin": any(part.is_twin for part in parts),
                 "synth_version": VERSION,
                 "kdmos_version": __version__,
-                "commit": _code_commit(),
+                "commit": code_commit(),
                 "checkpoint": one.facts(),
                 "parts": {f"{part.suite}/{part.name}": asdict(part.settings) for part in parts},
                 "suites": score_suites(counted),
@@ -248,15 +248,6 @@ def run_suite(
             write_atomic(output / "results" / f"{one.name}.json", json.dumps(results[one.name], indent=2).encode())
     write_report(output / PAGE, html_page(results, pictures))
     return results
-
-
-def _code_commit() -> str | None:
-    """What a training notes in its checkpoints; None where its libraries are missing."""
-    try:
-        from kdmos.train import _commit
-    except ImportError:
-        return None
-    return _commit()
 
 
 # --- the table on a terminal

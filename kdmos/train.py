@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from kdmos import __version__, metrics, ops
 from kdmos.card import write_card
-from kdmos.checkpoint import write_atomic
+from kdmos.checkpoint import code_commit, write_atomic
 from kdmos.command import fail, run
 from kdmos.config import Config, RunConfig, TeacherConfig, dump_config, load_config
 from kdmos.data.augment import (
@@ -490,17 +489,6 @@ def _counter(what: str):
     return show
 
 
-def _commit() -> str | None:
-    """The commit this code is at, if it lies in a git checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        top, commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:2]
-        return commit if Path(top) == here.parent else None  # not of a project that this package lies in
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 # --- the run
 
 
@@ -538,7 +526,7 @@ def fit(config: Config | TeacherConfig, resume: bool = False) -> ModelTraining:
 
     about = {
         "version": __version__,
-        "commit": _commit(),
+        "commit": code_commit(),
         "seed": config.seed,
         "init": config.init and str(config.init),
         "training_data": [sequence.name for sequence in data.train_sequences],
