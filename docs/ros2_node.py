@@ -30,7 +30,7 @@ class MovingPoints(Node):
     def __init__(self) -> None:
         super().__init__("kdmos")
         defaults = {
-            "checkpoint": "synthetic",
+            "checkpoint": "synthetic-now",
             "device": "auto",
             "precision": "float32",
             "sensor": "",
@@ -39,6 +39,7 @@ class MovingPoints(Node):
         given = {name: self.declare_parameter(name, default).value for name, default in defaults.items()}
         self.fixed_frame, sensor = given.pop("fixed_frame"), given.pop("sensor")
         stream = MosStream(**given, sensor=sensor or None)
+        self.get_logger().info(stream.about)
         self.stream, self.lookahead = BackgroundStream(stream), stream.lookahead
         self.clouds: dict[int, PointCloud2] = {}  # that wait for their result, by number
         self.count = 0

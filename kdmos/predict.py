@@ -25,12 +25,12 @@ from kdmos.data.source import ScanSource, WithPoses
 from kdmos.data.sources import open_sources
 from kdmos.errors import InputError
 from kdmos.inference import Model, ScanLogits, WayOut, choose_device, fingerprint, prepared, sequence_logits
-from kdmos.models import SHIPPED, Rule, load_model
+from kdmos.models import SHIPPED, Rule, load_model, said_of_shipped
 from kdmos.motion import warn_of_incomplete
 from kdmos.odometry import Odometry, odometry_poses, poses_path, saved_poses, write_poses
 from kdmos.precision import precision_of
 
-CARD = "kdmos/weights/synthetic.md"
+CARDS = "kdmos/weights"
 
 
 class ScanResult(NamedTuple):
@@ -240,7 +240,7 @@ def predict(
     source: Source,
     checkpoint: Annotated[
         Path,
-        typer.Option(help="A model: .safetensors, the authors' .pt, synthetic (shipped), or rule (training-free)."),
+        typer.Option(help="A model: .safetensors, the authors' .pt, synthetic or synthetic-now (shipped), or rule."),
     ] = Path("synthetic"),
     output: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
     sequences: Annotated[str | None, typer.Option(help="Names, e.g. 11,12; all by default.")] = None,
@@ -297,7 +297,8 @@ def predict(
     where = choose_device(device)
     model = prepared(load_model(checkpoint, where, lookahead=lookahead, force=force), precision)
     if str(checkpoint) in SHIPPED:
-        print(f"student '{checkpoint}', shipped with kdmos: trained on synthetic scans alone (its card: {CARD})")
+        card = SHIPPED[str(checkpoint)].with_suffix(".md").name
+        print(f"{said_of_shipped(str(checkpoint))}. It was trained on synthetic scans alone ({CARDS}/{card})")
     if classes == 4 and "movable" not in model.classes:
         raise InputError(f"--classes 4: {checkpoint} knows only {', '.join(model.classes)}")
     for one in found:

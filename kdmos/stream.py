@@ -21,7 +21,7 @@ from kdmos.data.profile import SensorProfile, differences, load_profile
 from kdmos.data.semantic_kitti import MAX_ODD_SHARE, MAX_REMISSION
 from kdmos.errors import InputError
 from kdmos.inference import Answer, Model, WayIn, WayOut, choose_device, prepared, scans_to, settled
-from kdmos.models import Rule, load_model
+from kdmos.models import SHIPPED, Rule, load_model, said_of_shipped
 from kdmos.motion import pose_jump
 from kdmos.smoothing import BayesFilter
 
@@ -83,7 +83,8 @@ class MosStream:
     others. Not thread-safe by itself, see `BackgroundStream`.
 
     Args:
-        checkpoint: A file or name as for `load_model`, or a model in eval mode.
+        checkpoint: A file or name as for `load_model`, or a model in eval mode; "synthetic-now" answers each scan at
+            once, "synthetic" waits for seven more and finds more. `about` says which it is and why one would take it.
         device: "auto", "cpu", "cuda" ...; where window and network are. A model given as such stays where it is.
         precision: "float32", "tf32", "bfloat16" or "float16", see `kdmos.precision`.
         lookahead, form: What the caller counts on; refused unless the checkpoint was trained so.
@@ -97,7 +98,7 @@ class MosStream:
 
     def __init__(
         self,
-        checkpoint: str | Path | Model = "synthetic",
+        checkpoint: str | Path | Model = "synthetic-now",
         device: str | torch.device = "auto",
         precision: str = "float32",
         lookahead: int | None = None,
@@ -114,6 +115,8 @@ class MosStream:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         self.device = tensors[0].device if tensors else choose_device(str(device))
         settings = self.model.settings
+        waits = f"answers after {settings.lookahead} more scans" if settings.lookahead else "answers each scan at once"
+        self.about = said_of_shipped(checkpoint) if str(checkpoint) in SHIPPED else f"{checkpoint}: {waits}"
         trained = getattr(getattr(settings, "motion", None), "form", None)
         for name, asked, is_so in (("look-ahead", lookahead, settings.lookahead), ("form", form, trained)):
             if asked is not None and asked != is_so:

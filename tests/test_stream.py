@@ -74,6 +74,7 @@ def test_the_shipped_student_on_real_scans(realdata, precision):
     (drive,) = find_sequences(realdata("kitti-raw-0005-a"))
     drive = Sequence(drive.name, drive.folder, drive.frames[:10])
     stream = MosStream("synthetic", precision=precision)
+    assert "synthetic-now answers at once" in stream.about
     results = push_all(stream, drive) + stream.flush()
     assert_as_offline(results, prepared(load_model("synthetic"), precision), drive)
 

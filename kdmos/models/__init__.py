@@ -16,10 +16,16 @@ from kdmos.models.student import Student, StudentOutput
 from kdmos.models.teacher import Teacher
 from kdmos.settings import MotionSettings, PolarGrid, ResidualGrid, StudentSettings, TeacherSettings
 
-SHIPPED = {"synthetic": Path(__file__).parent.parent / "weights" / "synthetic.safetensors"}
+WEIGHTS = Path(__file__).parent.parent / "weights"
+SHIPPED = {name: WEIGHTS / f"{name}.safetensors" for name in ("synthetic", "synthetic-now")}
+SHIPPED_FOR = {  # why one would take it
+    "synthetic": "knows the 7 scans after each one, and finds more; synthetic-now answers at once",
+    "synthetic-now": "answers each scan at once; synthetic waits for 7 more scans, and finds more",
+}
 
 __all__ = [
     "SHIPPED",
+    "SHIPPED_FOR",
     "DySample",
     "Rule",
     "Student",
@@ -33,6 +39,7 @@ __all__ = [
     "load_model",
     "load_student",
     "load_teacher",
+    "said_of_shipped",
     "save_model",
 ]
 
@@ -106,6 +113,11 @@ def header_of(model: Student | Teacher, about: dict) -> dict:
     return {**about, "model": settings.pop("name"), **settings}
 
 
+def said_of_shipped(name: str) -> str:
+    """Which student this is, and why one would take it, in a line."""
+    return f"student '{name}', shipped with kdmos: {SHIPPED_FOR[name]}"
+
+
 def load_student(
     path: str | Path, device: str | torch.device = "cpu", lookahead: int | None = None, force: bool = False
 ) -> Student | Rule:
@@ -135,8 +147,8 @@ def load_model(
 ) -> Student | Rule | Teacher:
     """A student or teacher from our `.safetensors` or from the authors' files, in eval mode.
 
-    By name: "synthetic", a student which comes with the package and saw synthetic scans alone, and "rule", the
-    training-free rule.
+    By name: "synthetic" and "synthetic-now", students which come with the package and saw synthetic scans alone, the
+    first with a look-ahead of 7 scans and the other with none; and "rule", the training-free rule.
 
     `model.header` holds all that the file says about itself. It is empty for the authors' files: of a student, classes,
     K and upsampler are read off the tensors, and the published grid and look-ahead are assumed; of a teacher, classes,
