@@ -29,7 +29,7 @@ class Node:
     given: ClassVar[dict] = {}
 
     def __init__(self, name: str) -> None:
-        self.published, self.warnings, self.callbacks = [], [], {}
+        self.published, self.warnings, self.said, self.callbacks = [], [], [], {}
 
     def declare_parameter(self, name, default):
         return SimpleNamespace(value=self.given.get(name, default))
@@ -41,7 +41,7 @@ class Node:
         self.callbacks[topic] = callback
 
     def get_logger(self):
-        return SimpleNamespace(warning=self.warnings.append)
+        return SimpleNamespace(warning=self.warnings.append, info=self.said.append)
 
 
 class Buffer:
@@ -134,6 +134,7 @@ def test_clouds_come_back_with_a_field(example, monkeypatch, tmp_path, write_seq
     node.callbacks["points"](broken)
     node.stream.close()
     wait_for(lambda: len(node.published) == 13)
+    assert node.said == ["rule: answers after 7 more scans"]
     assert any("no transform at 4" in text for text in node.warnings)
     assert any("x" in text for text in node.warnings[-1:])
 
