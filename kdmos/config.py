@@ -60,7 +60,7 @@ class AugmentConfig(Strict):
     translation: NotNegative = 0.1  # metres, standard deviation per axis
     remission: Share = 0.0  # of the scans that get another one: gain, gamma, patches; see `draw_remission`
     false_motion: Share = 0.0  # of the scans in which some of what stands seems to move; see `add_false_motion`
-    sectors: Count = 1  # so many scans of a batch become one, a sector of each; see `mix_sectors`
+    sectors: Count = 1  # so many scans of a batch become one, a sector of each, turned; see `mix_sectors`
 
 
 class DistillConfig(Strict):

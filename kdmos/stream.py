@@ -116,7 +116,7 @@ class MosStream:
         self.device = tensors[0].device if tensors else choose_device(str(device))
         settings = self.model.settings
         waits = f"answers after {settings.lookahead} more scans" if settings.lookahead else "answers each scan at once"
-        self.about = said_of_shipped(checkpoint) if str(checkpoint) in SHIPPED else f"{checkpoint}: {waits}"
+        self.about = said_of_shipped(str(checkpoint)) if str(checkpoint) in SHIPPED else f"{checkpoint}: {waits}"
         trained = getattr(getattr(settings, "motion", None), "form", None)
         for name, asked, is_so in (("look-ahead", lookahead, settings.lookahead), ("form", form, trained)):
             if asked is not None and asked != is_so:

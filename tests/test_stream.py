@@ -4,6 +4,7 @@ import gc
 import re
 import resource
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,7 @@ def test_the_shipped_student_on_real_scans(realdata, precision):
     drive = Sequence(drive.name, drive.folder, drive.frames[:10])
     stream = MosStream("synthetic", precision=precision)
     assert "synthetic-now answers at once" in stream.about
+    assert MosStream(Path("synthetic")).about == stream.about
     results = push_all(stream, drive) + stream.flush()
     assert_as_offline(results, prepared(load_model("synthetic"), precision), drive)
 
