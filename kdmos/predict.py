@@ -87,8 +87,9 @@ def predict_data(
     scores: bool = False,
     manifest: dict | None = None,
     profile: SensorProfile | None = None,
+    frames: frozenset[int] | None = None,
 ) -> tuple[int, list[str]]:
-    """Write the predictions of all scans; what an interrupted run has written is kept.
+    """Write the predictions of scans; what an interrupted run has written is kept.
 
     Args:
         model: In eval mode, on `device`.
@@ -99,22 +100,28 @@ def predict_data(
         scores: Also write the moving probability, float16 per point.
         manifest: What the predictions depend on; another one in `output` is an error.
         profile: Of the sensor; None: scans are as the model expects them.
+        frames: Predict these alone, of each sequence, with the whole sequence's scans in their windows; None: all.
     Returns: scans that have predictions now, and one line for each scan that could not be used.
     Raises: InputError if `output` holds other predictions, poses are missing, or the disk is full.
     """
     claim(output, manifest)
     done, lost = 0, []
-    total = sum(len(sequence.frames) for sequence in sequences)
-    with Bar("predict", total) as bar:
-        for sequence in sequences:
+    wanted = [
+        frozenset(sequence.frames if frames is None else frames.intersection(sequence.frames)) for sequence in sequences
+    ]
+    with Bar("predict", sum(map(len, wanted))) as bar:
+        for sequence, asked in zip(sequences, wanted):
             warn_of_incomplete(sequence, model.settings)
-            there = frozenset(f for f in sequence.frames if _complete(output, sequence, f, scores))
-            if len(there) == len(sequence.frames):  # no need to look at it
+            there = frozenset(f for f in asked if _complete(output, sequence, f, scores))
+            if there == asked:  # no need to look at it
                 done += len(there)
                 bar.advance(len(there))
                 continue
             non_finite = outside = points = 0
-            for frame, result in predict_sequence(model, sequence, device, there, profile):
+            skip = there | (frozenset(sequence.frames) - asked)
+            for frame, result in predict_sequence(model, sequence, device, skip, profile):
+                if frame not in asked:
+                    continue
                 bar.advance()
                 if isinstance(result, InputError):
                     lost.append(f"{sequence.scan(frame)}: {result}")

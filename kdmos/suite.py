@@ -106,7 +106,7 @@ def competitors(checkpoints: Iterable[str], precision: str, device: torch.device
 
 
 def predict_part(part: Part, output: Path, competitor: Competitor, device: torch.device) -> Path:
-    """The folder of a model's predictions of a part, made where they are not there yet.
+    """The folder of a model's predictions of the scans of a part that count, made where they are not there yet.
 
     Raises: InputError if the folder holds others.
     """
@@ -115,7 +115,7 @@ def predict_part(part: Part, output: Path, competitor: Competitor, device: torch
     versions = {"suite_version": SUITE_VERSION, "synth_version": VERSION}  # of the scans, which may be made anew
     manifest = made_with(competitor.model, competitor.checkpoint, data, sensor=profile.changes(), **versions)
     sequences = find_sequences(data, part.sequences)
-    predict_data(competitor.model, sequences, folder, device, manifest=manifest, profile=profile)
+    predict_data(competitor.model, sequences, folder, device, manifest=manifest, profile=profile, frames=part.scored)
     return folder
 
 

@@ -140,6 +140,15 @@ def test_scans_without_a_whole_window_do_not_count(ran, tmp_path):
     assert re.search("scan [345]:", suite.worst_scan(part, ran[0], predictions, tmp_path).caption)
 
 
+def test_scans_that_do_not_count_are_not_predicted(ran, tmp_path):
+    part, rule = PARTS[0]._replace(lead=3), load_model("rule")
+    shutil.copytree(part.folder(ran[0]), part.folder(tmp_path))
+    folder = suite.predict_part(part, tmp_path, suite.Competitor("rule", "rule", rule), torch.device("cpu"))
+    whole = ran[0] / "predictions" / "rule" / "streets" / "streets"
+    expected = {path: content for path, content in labels(whole).items() if int(path.stem) in part.scored}
+    assert labels(folder) == expected and len(expected) == 6
+
+
 def test_results_say_what_they_are_of(ran, student):
     result = ran[1][list(ran[1])[1]]
     assert (result["suite_version"], result["synth_version"], result["twin"]) == (SUITE_VERSION, synth.VERSION, False)
