@@ -14,7 +14,7 @@ from . import rows
 
 
 def score_rows(result: dict, name: str) -> list[dict]:
-    """Rows of one checkpoint's results: of each suite as a whole (part "all") and of its parts.
+    """Rows of one checkpoint's results: of each suite as a whole (part "all") and of its parts, if it has several.
 
     Args:
         result: What `kdmos.suite.run_suite` gives of a checkpoint.
@@ -32,7 +32,8 @@ def score_rows(result: dict, name: str) -> list[dict]:
     }
     found = []
     for suite, scored in result["suites"].items():
-        for part, scores in (("all", scored), *scored["parts"].items()):
+        parts = scored["parts"].items() if len(scored["parts"]) > 1 else ()
+        for part, scores in (("all", scored), *parts):
             mean, total = scores["mean"], scores["total"]
             values = {
                 "moving_iou": mean["moving_iou"],

@@ -74,8 +74,10 @@ def attend(appearance: Tensor, motion: Tensor, gates: Tensor, spatial: nn.Conv2d
     seen = torch.sigmoid(seen + spatial.bias[:, None, None]).view(batch, -1, 1)  # [B, H * W, 1]
     # 2) in which channels, by the mean of what is seen
     pixels = appearance.permute(0, 2, 3, 1).view(batch, -1, channels)
-    mean = (pixels.mT @ seen).view(batch, channels, 1, 1) / (height * width) * gates[:, :1, None, None]
-    scale = (channel(mean).softmax(1) * channels).view(batch, 1, channels)
+    mean = (pixels.mT @ seen).view(batch, channels) / (height * width) * gates[:, :1]
+    # not as a convolution: on a single pixel its gradient differed in the last bit from run to run
+    scale = F.linear(mean, channel.weight.flatten(1), channel.bias).softmax(1) * channels
+    scale = scale.view(batch, 1, channels)
     # 3) seen * gated appearance * scale + gated appearance, as appearance * [seen, 1] @ [scale, 1] * gate:
     # only matrix products and one multiplication go over all pixels and channels
     factor = torch.cat([scale, torch.ones_like(scale)], 1) * gates[:, :1, None]  # [B, 2, ca]

@@ -10,9 +10,11 @@ def test_scores_become_rows():
     part = {"mean": mean, "total": total, "tests": "", "sequences": {}}
     checkpoint = {"fingerprint": "0123456789", "lookahead": 7, "precision": "bfloat16"}
     result = {"suite_version": 2, "synth_version": 5, "twin": False, "checkpoint": checkpoint}
-    result["suites"] = {"scenes": {**part, "parts": {"nothing": part}}}
+    parts = {"nothing": part, "slow": part}
+    result["suites"] = {"streets": {**part, "parts": {"streets": part}}, "scenes": {**part, "parts": parts}}
     table = score_rows(result, "rule")
-    assert [(row["suite"], row["part"]) for row in table] == [("scenes", "all"), ("scenes", "nothing")]
-    (row, _) = table
+    expected = [("streets", "all"), ("scenes", "all"), ("scenes", "nothing"), ("scenes", "slow")]
+    assert [(row["suite"], row["part"]) for row in table] == expected
+    row = table[2]
     assert (row["precision"], row["recall"], row["object_recall"], row["moving_iou"]) == (0.9877, 0.5, "", "")
     assert (row["fingerprint"], row["sequences"], row["scans"], row["twin"]) == ("01234567", 2, 18, "no")
