@@ -121,5 +121,5 @@ def test_a_card_is_written_anew_until_people_make_it_theirs(tmp_path, student):
 
 def test_the_shipped_student():
     said = rows(model_card(load_student("synthetic"), "synthetic"))
-    assert said["trained on"] == "254 sequences, 100 to 806"
+    assert said["trained on"] == "159 sequences, 100 to 806"
     assert "4,025,854 parameters" in said["network"]

@@ -157,8 +157,9 @@ def test_what_a_student_calls_moving_hardly_depends_on_whose_poses():
     drive, model = MadeUpScans(16), prepared(load_model("synthetic"))
     drive.drive = SyntheticSequence(0, 0, 16, replace(SENSORS["hdl64"], columns=720))
     with_odometry = WithPoses(drive, odometry_poses(drive))
+    skip = frozenset(range(0, 16, 2))  # to be quick
     said = [
-        [result.predicted == model.moving for _, result in predict_sequence(model, source)]
+        [result.predicted == model.moving for _, result in predict_sequence(model, source, skip=skip) if result]
         for source in (drive, with_odometry)
     ]
     assert sum(moving.sum() for moving in said[0]) > 1000
