@@ -24,6 +24,7 @@ from kdmos.suite import Competitor, count_part, predict_part, summary
 from kdmos.synth import SynthSettings, synthesize
 
 from . import rows
+from .suite import score_columns
 
 STREETS = SynthSettings(None, seed=1, sequences=8, scans=60, drift=0.8, jitter=0.8, compensate=None)
 TRAIN, VALID = [f"{number:02d}" for number in range(7)], ["07"]
@@ -59,17 +60,7 @@ def main() -> None:
         checkpoint = train(seed, output)
         model = Competitor(f"seed{seed}", str(checkpoint), prepared(load_model(checkpoint), "bfloat16"))
         scored = summary(count_part(SCORED, twin, predict_part(SCORED, twin, model, torch.device("cpu"))).values())
-        mean, total = scored["mean"], scored["total"]
-        found = {
-            "moving_iou": mean["moving_iou"],
-            "low": mean["low"],
-            "high": mean["high"],
-            "precision": total["moving_precision"],
-            "recall": total["moving_recall"],
-            "object_recall": total["object_recall"],
-            "false_objects": total["false_objects_per_scan"],
-        }
-        rows.append("spread", {"seed": seed, **{key: round(value, 4) for key, value in found.items()}})
+        rows.append("spread", {"seed": seed, **score_columns(scored)})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,22 @@ from pathlib import Path
 from . import rows
 
 
+def score_columns(scores: dict) -> dict:
+    """Columns of a row: shares in 0..1, "" where there is none. scores: what `kdmos.suite.summary` gives."""
+    mean, total = scores["mean"], scores["total"]
+    values = {
+        "moving_iou": mean["moving_iou"],
+        "low": mean["low"],
+        "high": mean["high"],
+        "precision": total["moving_precision"],
+        "recall": total["moving_recall"],
+        "object_recall": total["object_recall"],
+        "false_objects": total["false_objects_per_scan"],
+        "false_points": total["false_points_per_scan"],
+    }
+    return {key: "" if value is None else round(value, 4) for key, value in values.items()}
+
+
 def score_rows(result: dict, name: str) -> list[dict]:
     """Rows of one checkpoint's results: of each suite as a whole (part "all") and of its parts, if it has several.
 
@@ -34,20 +50,9 @@ def score_rows(result: dict, name: str) -> list[dict]:
     for suite, scored in result["suites"].items():
         parts = scored["parts"].items() if len(scored["parts"]) > 1 else ()
         for part, scores in (("all", scored), *parts):
-            mean, total = scores["mean"], scores["total"]
-            values = {
-                "moving_iou": mean["moving_iou"],
-                "low": mean["low"],
-                "high": mean["high"],
-                "precision": total["moving_precision"],
-                "recall": total["moving_recall"],
-                "object_recall": total["object_recall"],
-                "false_objects": total["false_objects_per_scan"],
-                "false_points": total["false_points_per_scan"],
-            }
-            values = {key: "" if value is None else round(value, 4) for key, value in values.items()}
-            counts = {"sequences": mean["sequences"] + mean["left_out"], "scans": total["scans"]}
-            found.append({**about, "suite": suite, "part": part, **counts, **values})
+            mean = scores["mean"]
+            counts = {"sequences": mean["sequences"] + mean["left_out"], "scans": scores["total"]["scans"]}
+            found.append({**about, "suite": suite, "part": part, **counts, **score_columns(scores)})
     return found
 
 
