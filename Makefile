@@ -9,7 +9,7 @@ READY  := $(VENV)/ready
 test: setup lint
 	$(BIN)/python -m pytest
 
-# The same tests, half as slow again, and the share of each file that they run.
+# The same tests, up to half as slow again, and the share of each file that they run.
 coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term
 

@@ -259,7 +259,7 @@ def test_the_command_line(data, tmp_path):
 
 
 def test_two_epochs_on_a_real_drive_lower_the_loss(realdata, tmp_path, capsys):
-    """A sixteenth of the published cells, to be quick; the full grid gives the same picture."""
+    """A sixteenth of the published cells, to be quick."""
     settings = [f"data.root={realdata('kitti-raw-0005-a')}", f"output={tmp_path / 'run'}", "data.workers=2"]
     settings += ["student.grid.bins=[120,90,32]", "epochs=2", "batch_size=1", "distill=null"]
     train.fit(load_config("semantic_kitti", [*settings, "data.drop_static_scans=false"]))
